@@ -1,0 +1,193 @@
+"""Every configuration key, its type and its default. No other file holds a default.
+
+Keys are spelt as in Megatron, NeMo and the SPIN paper. A field whose default is
+`MISSING` must be given. Fields typed `Any` accept a scalar or a list with one value
+for each iteration; `nemo_spin.config.validate` checks them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class SchedConfig:
+    """Learning-rate schedule of one iteration; it restarts with each."""
+
+    name: str = "linear"  # linear | cosine | constant; after the warm-up
+    warmup_ratio: float = 0.1  # share of the iteration's optimizer steps
+    min_lr_ratio: float = 0.0  # final learning rate as a share of the peak
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer; the peak learning rate is `spin.lr` (or `sft.lr`)."""
+
+    name: str = "rmsprop"  # rmsprop | adam (AdamW: decay is decoupled)
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adam
+    eps: float = 1e-8
+    alpha: float = 0.99  # rmsprop: smoothing of the squared gradient
+    clip_grad: float = 1.0  # global gradient norm; 0 turns clipping off
+    sched: SchedConfig = field(default_factory=SchedConfig)
+
+
+@dataclass
+class ModelConfig:
+    """The policy: theta_0 and how Megatron holds and trains it."""
+
+    path: str = MISSING  # Hugging Face directory (or hub id) of theta_0
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    transformer_impl: str = "auto"  # auto | transformer_engine | local
+    micro_batch_size: int = 4  # pairs per microbatch and data-parallel rank
+    global_batch_size: int = 64  # pairs per optimizer step
+    recompute_granularity: str | None = None  # null | full
+    use_distributed_optimizer: bool | None = None  # null: on GPUs with data parallelism
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class GatesConfig:
+    """The three gates of an iteration; a tolerance of null turns a gate off."""
+
+    ln2_tolerance: float | None = 1e-3  # |first loss - its value at margin 0|
+    sampler_tolerance: float | None = None  # mean |sampler - Megatron| nats per token; null: by precision
+    sampler: bool = True
+    export: bool = True  # read every export back and compare bit for bit
+
+
+@dataclass
+class SpinConfig:
+    """Self-play. `beta`, `lr` and `epochs` take a scalar or one value per iteration."""
+
+    iterations: int = 3
+    loss: str = "logistic"  # logistic | hinge | exponential | correlation
+    beta: Any = 0.1
+    lr: Any = 5e-7
+    epochs: Any = 2
+    history: int = 1  # how many earlier iterations' generations are mixed in
+    gates: GatesConfig = field(default_factory=GatesConfig)
+
+
+@dataclass
+class SftConfig:
+    """Plain fine-tuning on the real responses (`nemo-spin sft`)."""
+
+    output: str = MISSING  # run directory of the fine-tuning; its `model/` is the result
+    lr: float = 1e-5
+    epochs: int = 1
+    max_steps: int | None = None  # optimizer steps; null: as many as the epochs have
+
+
+@dataclass
+class DataConfig:
+    """Demonstrations and how they become token ids (once, for all iterations)."""
+
+    train: str = MISSING  # parquet, JSON or JSONL file, or a hub dataset id
+    heldout: str | None = None  # the same; null: no held-out metrics
+    train_split: str = "train"  # split of a hub dataset
+    heldout_split: str = "test"
+    format: str = "messages"  # messages | prompt_response | spin
+    messages_column: str = "messages"
+    prompt_column: str = "prompt"
+    response_column: str = "response"
+    id_column: str | None = None  # null: a hash of the row's content
+    first_round_only: bool = False  # messages: keep the first prompt and its answer
+    prompt_template: str | None = None  # with {prompt}; null: the tokenizer's chat template
+    system_prompt: str | None = None  # messages: added where a conversation has none
+    max_prompt_length: int = 1024  # tokens
+    max_response_length: int = 1024  # tokens, EOS included
+    overlong_prompt: str = "quarantine"  # quarantine | truncate_left
+    overlong_response: str = "truncate"  # truncate | quarantine
+    max_quarantined_share: float = 0.05  # of all rows; more stops the run
+    max_rows: int | None = None  # the first rows only
+    num_workers: int | None = None  # processes that tokenize; null: one per core
+
+
+@dataclass
+class GenerationConfig:
+    """How the opponent answers the training prompts."""
+
+    engine: str = "vllm"
+    python: str | None = None  # interpreter of the worker; null: this one, else .venv-vllm
+    num_generations: int = 1  # per prompt
+    temperature: Any = 1.0
+    top_p: Any = 1.0
+    top_k: int = 0  # 0: off
+    max_tokens: int = 256
+    stop_token_ids: list[int] = field(default_factory=list)  # besides the model's EOS
+    tensor_parallel_size: int = 1
+    replicas: int = 1
+    shard_rows: int = 512  # prompts per shard
+    max_num_seqs: int = 256
+    kv_cache_gib: float | None = None  # null: from the model and max_num_seqs (CPU), vLLM's own (GPU)
+    dtype: str = "auto"  # auto: as trained (trainer.precision)
+    load_timeout_s: float = 1800.0
+    shard_timeout_s: float = 3600.0
+
+
+@dataclass
+class TrainerConfig:
+    """Lightning's trainer, as far as it is not decided by Megatron."""
+
+    devices: int = 1  # ranks per node
+    num_nodes: int = 1
+    accelerator: str = "auto"  # auto | gpu | cpu
+    precision: str = "auto"  # auto (bf16 on GPU, 32 on CPU) | 32 | bf16
+    log_every_n_steps: int = 1
+    val_check_interval: int | None = None  # optimizer steps; null: at the end of the iteration
+    save_interval: int | None = 50  # optimizer steps between resume checkpoints; null: none
+
+
+@dataclass
+class ExpManagerConfig:
+    """Loggers, through NeMo's exp_manager."""
+
+    create_tensorboard_logger: bool = True
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LauncherConfig:
+    """How the processes of a stage are started."""
+
+    name: str = "local"
+    timeout_s: float = 86400.0  # a stage's processes are ended after it
+    omp_num_threads: int | None = None  # per rank; null: cores divided by ranks on CPU
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured on held-out prompts after each iteration (and on theta_0)."""
+
+    enabled: bool = True
+    scorer: str | None = None  # `package.module:function` or `path/to/file.py:function`
+    num_prompts: int | None = None  # null: all held-out prompts
+    sampled: bool = True  # score answers at generation.temperature
+    greedy: bool = True  # and at temperature 0
+
+
+@dataclass
+class Config:
+    """The whole configuration, one field per top-level key."""
+
+    name: str = "spin"
+    run_dir: str = MISSING
+    seed: int = 1234
+    model: ModelConfig = field(default_factory=ModelConfig)
+    spin: SpinConfig = field(default_factory=SpinConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
