@@ -1,0 +1,98 @@
+"""Megatron-Core on machines without a GPU.
+
+Megatron-Core addresses CUDA by name: it asks for the current device, creates tensors
+with `device="cuda"`, keeps CUDA random states and checks type names such as
+`torch.cuda.FloatTensor`. Nothing in its model, its schedules, its optimizers or its
+checkpoints needs a GPU beyond that. `install()` answers those questions with the CPU,
+so that the same code runs in gloo processes; it is called where no GPU is found and
+nowhere else. Deleting this file (and its one call in `runtime.py`) removes the CPU
+backend without a trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+}
+
+
+def _names_cuda(device: Any) -> bool:
+    """Whether `device` means a GPU: "cuda", "cuda:1", a device object or an index."""
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Turns every request for a CUDA tensor into one for a CPU tensor."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return _TYPE_NAMES.get(args[0].dtype) or func(*args)
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A CUDA stream that orders nothing, because CPU operators return when they are done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        """Does nothing."""
+
+    def synchronize(self) -> None:
+        """Does nothing."""
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+_installed: list[TorchFunctionMode] = []
+
+
+def install() -> None:
+    """Makes `torch.cuda` mean the CPU in this process, once and for its lifetime."""
+    if _installed:
+        return
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = _ignore
+    cuda.set_device = _ignore
+    cuda.empty_cache = _ignore
+    cuda.Stream = _Stream
+    cuda.current_stream = lambda *args: _Stream()
+    cuda.default_stream = lambda *args: _Stream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    rng: Any = megatron_random
+    rng._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    rng._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    mode = _CudaMeansCpu()
+    mode.__enter__()
+    _installed.append(mode)

@@ -1,0 +1,175 @@
+"""Builds Megatron's GPTModel for the architecture of a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from nemo_spin.config.schema import ModelConfig
+from nemo_spin.errors import ConfigError, explain
+from nemo_spin.megatron.architecture import Architecture
+from nemo_spin.megatron.attention import CausalAttention
+from nemo_spin.megatron.norm import RMSNorm
+from nemo_spin.megatron.rope import concentration_as_scaling_factor, inverse_frequencies
+
+_GPU_VOCABULARY_MULTIPLE = 128  # rows per rank that GPU matrix kernels like
+
+
+def uses_transformer_engine(transformer_impl: str) -> bool:
+    """Resolves `model.transformer_impl` on this machine.
+
+    Raises:
+        ConfigError: Transformer Engine was asked for but is not installed, or there is no GPU.
+    """
+    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if transformer_impl == "transformer_engine" and not available:
+        raise ConfigError(
+            explain(
+                "model.transformer_impl",
+                found="transformer_engine, which is not usable here",
+                rule="Transformer Engine needs a GPU and its package",
+                remedy="set model.transformer_impl=auto, or run in a container that has it",
+            )
+        )
+    return available and transformer_impl != "local"
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Vocabulary rows in all ranks: the next multiple that every rank can hold an equal share of."""
+    per_rank = _GPU_VOCABULARY_MULTIPLE if torch.cuda.is_available() else 1
+    multiple = tensor_model_parallel_size * per_rank
+    return (vocab_size + multiple - 1) // multiple * multiple
+
+
+def transformer_config(
+    architecture: Architecture, model: ModelConfig, *, params_dtype: torch.dtype
+) -> TransformerConfig:
+    """Megatron's configuration of the model and of how it is split.
+
+    Losses are summed over pairs and divided once by their number in the global batch,
+    which is what Megatron's `calculate_per_token_loss` does with any count.
+    """
+    half = params_dtype == torch.bfloat16
+    recompute = model.recompute_granularity
+    config = TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.head_dim,
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+        pipeline_dtype=params_dtype,
+        params_dtype=params_dtype,
+        bf16=half,
+        variable_seq_lengths=True,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        gated_linear_unit=architecture.gated,
+        activation_func=nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=uses_transformer_engine(model.transformer_impl),
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+        recompute_granularity=recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+    )
+    scaling = concentration_as_scaling_factor(architecture.rope)
+    if scaling is not None:
+        config.yarn_rotary_scaling_factor = scaling  # read by Megatron's attention
+    return config
+
+
+def layer_spec(architecture: Architecture, *, transformer_engine: bool) -> Any:
+    """Spec of one layer: Transformer Engine's, or Megatron's local one with our norm and attention."""
+    if transformer_engine:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
+    spec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = RMSNorm
+    layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if architecture.qk_norm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
+    return spec
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Which ends of the model a pipeline stage holds."""
+
+    is_first: bool
+    is_last: bool
+
+
+def build_model(
+    architecture: Architecture, model: ModelConfig, *, params_dtype: torch.dtype
+) -> list[GPTModel]:
+    """This rank's share of the model, uninitialised. All ranks must call.
+
+    Args:
+        architecture: What the checkpoint's configuration says.
+        model: Parallel sizes, layer implementation and recomputation.
+        params_dtype: Type of the parameters.
+
+    Returns:
+        One GPTModel per model chunk of this rank (one without interleaving), on this
+        rank's device.
+    """
+    config = transformer_config(architecture, model, params_dtype=params_dtype)
+    transformer_engine = uses_transformer_engine(model.transformer_impl)
+    spec = layer_spec(architecture, transformer_engine=transformer_engine)
+    if not transformer_engine:
+        from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+        spec = TransformerBlockSubmodules(
+            layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        )
+    stage = _Stage(
+        is_first=parallel_state.is_pipeline_first_stage(),
+        is_last=parallel_state.is_pipeline_last_stage(),
+    )
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocab_size(architecture.vocab_size, model.tensor_model_parallel_size),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=stage.is_first,
+        post_process=stage.is_last,
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope.theta,
+    )
+    gpt.rotary_pos_emb.inv_freq = inverse_frequencies(architecture.rope, architecture.head_dim).to(
+        torch.cuda.current_device()
+    )
+    return [gpt.to(torch.cuda.current_device())]
