@@ -1,0 +1,89 @@
+"""A small verifiable task: instructions in English with exactly one right answer.
+
+Six letters are to be put into alphabetical order, into reverse alphabetical order, or
+read backwards; each kind of instruction comes in several wordings. Everything follows
+from the seed, nothing is downloaded.
+
+Usage: `python task.py OUT_DIR` writes `train.jsonl` and `heldout.jsonl`, one chat each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+LETTERS = "abcdefghijklmnopqrst"
+NUM_LETTERS = 6
+
+WORDINGS = {
+    "ascending": (
+        "Sort these letters alphabetically: {letters}",
+        "Put the letters {letters} into alphabetical order.",
+        "What is the alphabetical order of {letters}?",
+        "Please arrange {letters} from first to last in the alphabet.",
+    ),
+    "descending": (
+        "Sort these letters in reverse alphabetical order: {letters}",
+        "Put the letters {letters} into descending order.",
+        "Please arrange {letters} from last to first in the alphabet.",
+    ),
+    "backwards": (
+        "Read these letters backwards: {letters}",
+        "Write the letters {letters} in the opposite order.",
+        "What do you get if you reverse {letters}?",
+    ),
+}
+
+
+def answer(kind: str, letters: list[str]) -> list[str]:
+    """The one right order of `letters` for this kind of instruction."""
+    if kind == "backwards":
+        return letters[::-1]
+    return sorted(letters, reverse=kind == "descending")
+
+
+def instructions(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless different (instruction, answer) pairs; the same ones for the same seed."""
+    generator = random.Random(seed)
+    seen: set[tuple[str, str]] = set()
+    while True:
+        kind = generator.choice(sorted(WORDINGS))
+        letters = generator.sample(LETTERS, NUM_LETTERS)
+        if (kind, "".join(letters)) in seen:
+            continue
+        seen.add((kind, "".join(letters)))
+        wording = generator.choice(WORDINGS[kind])
+        yield wording.format(letters=" ".join(letters)), " ".join(answer(kind, letters))
+
+
+def write_chats(path: Path, pairs: list[tuple[str, str]]) -> None:
+    """One JSON object with `id` and `messages` per line."""
+    with path.open("w", encoding="utf-8") as stream:
+        for number, (instruction, response) in enumerate(pairs):
+            messages = [
+                {"role": "user", "content": instruction},
+                {"role": "assistant", "content": response},
+            ]
+            stream.write(json.dumps({"id": f"{path.stem}-{number:06d}", "messages": messages}) + "\n")
+
+
+def main() -> None:
+    """Writes both splits; no instruction is in both."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--train", type=int, default=4096, help="number of demonstrations")
+    parser.add_argument("--heldout", type=int, default=512, help="number of held-out prompts")
+    parser.add_argument("--seed", type=int, default=1234)
+    arguments = parser.parse_args()
+
+    arguments.out_dir.mkdir(parents=True, exist_ok=True)
+    source = instructions(arguments.seed)
+    for split, size in (("heldout", arguments.heldout), ("train", arguments.train)):
+        write_chats(arguments.out_dir / f"{split}.jsonl", [next(source) for _ in range(size)])
+
+
+if __name__ == "__main__":
+    main()
