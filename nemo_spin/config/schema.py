@@ -94,6 +94,8 @@ class DataConfig:
     heldout: str | None = None  # the same; null: no held-out metrics
     train_split: str = "train"  # split of a hub dataset
     heldout_split: str = "test"
+    subset: str | None = None  # configuration name of a hub dataset
+    revision: str | None = None  # branch, tag or commit of a hub dataset; null: the newest
     format: str = "messages"  # messages | prompt_response | spin
     messages_column: str = "messages"
     prompt_column: str = "prompt"
@@ -101,7 +103,8 @@ class DataConfig:
     id_column: str | None = None  # null: a hash of the row's content
     first_round_only: bool = False  # messages: keep the first prompt and its answer
     prompt_template: str | None = None  # with {prompt}; null: the tokenizer's chat template
-    system_prompt: str | None = None  # messages: added where a conversation has none
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. {enable_thinking: false}
+    system_prompt: str | None = None  # added where a conversation has none
     max_prompt_length: int = 1024  # tokens
     max_response_length: int = 1024  # tokens, EOS included
     overlong_prompt: str = "quarantine"  # quarantine | truncate_left
