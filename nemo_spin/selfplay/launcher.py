@@ -1,0 +1,57 @@
+"""What the loop asks of whoever starts the ranks of a stage.
+
+`nemo_spin.launch` implements it (torchrun on one machine; Slurm and others later); the
+loop knows this protocol alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage's processes: the same module in every rank.
+
+    Attributes:
+        name: For logs and messages, such as "train iteration 0".
+        module: Run as `python -m module *arguments` in every rank.
+        arguments: Command-line arguments, the same for every rank.
+        ranks: Processes in all (`trainer.devices * trainer.num_nodes`).
+        log_dir: One log file per rank goes there.
+        progress_path: Exported as NEMO_SPIN_PROGRESS; rank 0 appends its events there
+            (`nemo_spin.data.progress`).
+        omp_num_threads: CPU threads per rank.
+        timeout_s: Seconds after which the job is ended.
+    """
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    ranks: int
+    log_dir: Path
+    progress_path: Path
+    omp_num_threads: int
+    timeout_s: float
+
+
+class RunningJob(Protocol):
+    """A job that was started."""
+
+    def poll(self) -> int | None:
+        """The exit code once all ranks ended, None before. It does not wait."""
+
+    def stop(self) -> None:
+        """Ends the whole process group, within seconds. Harmless when it has ended."""
+
+    def describe_failure(self) -> str:
+        """The last lines of the first failing rank's log, and that log's path."""
+
+
+class Launcher(Protocol):
+    """Starts jobs."""
+
+    def start(self, job: Job) -> RunningJob:
+        """Starts all ranks of `job` and returns at once."""
