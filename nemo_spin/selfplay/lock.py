@@ -1,0 +1,187 @@
+"""One command at a time works on a run directory.
+
+The lock is a file that names host and process of its owner, made by `link` (which
+network file systems do atomically, unlike `flock`). A lock whose owner is dead is taken
+over: at once where this machine can see that the process is gone, otherwise after the
+file's heartbeat was seen standing still for a while. Only changes of the heartbeat are
+looked at, so clocks that differ between machines do no harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nemo_spin.errors import ConfigError, explain
+
+HEARTBEAT_S = 10.0
+SILENT_AFTER_S = 60.0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, so that it cannot be mistaken for another one with its number.
+
+    Attributes:
+        host: Name of the machine.
+        pid: Process number in its namespace.
+        started: Kernel ticks since boot at which the process started.
+        boot: Identity of the machine's current uptime.
+        namespace: The process-number namespace (containers have their own).
+    """
+
+    host: str
+    pid: int
+    started: int
+    boot: str
+    namespace: str
+
+    @classmethod
+    def of_this_process(cls) -> Owner:
+        """The running process."""
+        return cls(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=_start_ticks(os.getpid()) or 0,
+            boot=_boot_id(),
+            namespace=_pid_namespace(),
+        )
+
+    def alive(self) -> bool | None:
+        """Whether the process is running; None where this machine cannot see it."""
+        if self.host == socket.gethostname() and self.boot and self.boot != _boot_id():
+            return False  # the machine was started anew
+        if self.boot != _boot_id() or self.namespace != _pid_namespace():
+            return None
+        return _start_ticks(self.pid) == self.started
+
+
+def _start_ticks(pid: int) -> int | None:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else int(fields[18])  # a zombie works on nothing
+
+
+def _boot_id() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return ""
+
+
+def _pid_namespace() -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
+def read_owner(path: Path) -> Owner | None:
+    """Who holds the lock at `path`; None if nobody does (or the file says nothing)."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+    return None
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, on_wait: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    """Holds the lock at `path`.
+
+    Args:
+        path: The lock file. Its directory must exist.
+        on_wait: Told in one line why the command waits for a while.
+
+    Raises:
+        ConfigError: Another living command holds it.
+    """
+    owner = Owner.of_this_process()
+    while not _create(path, owner):
+        _remove_if_dead(path, on_wait)
+    ended = threading.Event()
+    heart = threading.Thread(target=_beat, args=(path, owner, ended), daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        heart.join()
+        if read_owner(path) == owner:
+            path.unlink(missing_ok=True)
+
+
+def _create(path: Path, owner: Owner) -> bool:
+    mine = path.with_name(f".{path.name}.{owner.host}.{owner.pid}.partial")
+    mine.write_text(json.dumps(asdict(owner)) + "\n", encoding="utf-8")
+    try:
+        os.link(mine, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        mine.unlink(missing_ok=True)
+
+
+def _beat(path: Path, owner: Owner, ended: threading.Event) -> None:
+    while not ended.wait(HEARTBEAT_S):
+        with contextlib.suppress(OSError):
+            if read_owner(path) == owner:
+                os.utime(path)
+
+
+def _remove_if_dead(path: Path, on_wait: Callable[[str], None]) -> None:
+    owner = read_owner(path)
+    if owner is None:
+        if not path.exists():
+            return
+        raise _held(path, "by something that left no name")
+    alive = owner.alive()
+    if alive is None:
+        on_wait(
+            f"{path} is held by process {owner.pid} on {owner.host}, which cannot be seen from here: "
+            f"watching its heartbeat for up to {SILENT_AFTER_S:.0f} s"
+        )
+        alive = _heart_beats(path)
+    if alive:
+        raise _held(path, f"by process {owner.pid} on {owner.host}, which is running")
+    grave = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        os.rename(path, grave)
+    except FileNotFoundError:
+        return
+    if read_owner(grave) != owner:  # someone was faster, and this is their new lock: give it back
+        with contextlib.suppress(FileExistsError):
+            os.link(grave, path)
+    grave.unlink(missing_ok=True)
+
+
+def _heart_beats(path: Path) -> bool:
+    end = time.monotonic() + SILENT_AFTER_S
+    try:
+        first = path.stat().st_mtime_ns
+        while time.monotonic() < end:
+            time.sleep(0.2)
+            if path.stat().st_mtime_ns != first:
+                return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def _held(path: Path, found: str) -> ConfigError:
+    return ConfigError(
+        explain(
+            str(path),
+            found=f"is held {found}",
+            rule="one command at a time works on a run directory",
+            remedy="wait for it, stop it, or give another run_dir; if you know that it is gone, "
+            f"remove {path}",
+        )
+    )
