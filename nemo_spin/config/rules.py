@@ -1,0 +1,160 @@
+"""The range or the names that each single key allows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers from `low` to `high`; a bound that is `above`/`below` is left out itself."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    whole: bool = False
+
+    def holds(self, value: Any) -> bool:
+        """Whether `value` is a number of this range (a truth value is none)."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return False
+        return (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and (not self.whole or isinstance(value, int))
+        )
+
+    def __str__(self) -> str:
+        """The range in words."""
+        bounds = (
+            ("of at least", self.low),
+            ("above", self.above),
+            ("of at most", self.high),
+            ("below", self.below),
+        )
+        parts = [f"{words} {bound:g}" for words, bound in bounds if bound is not None]
+        return " ".join(["a whole number" if self.whole else "a number", " and ".join(parts)]).strip()
+
+
+_COUNT = Range(low=1, whole=True)
+_FROM_ZERO = Range(low=0, whole=True)
+_POSITIVE = Range(above=0)
+_SHARE = Range(low=0, high=1)
+
+# Keys typed `X | None` may be null besides.
+RANGES: dict[str, Range] = {
+    "seed": Range(low=0, below=2**31, whole=True),
+    "model.tensor_model_parallel_size": _COUNT,
+    "model.pipeline_model_parallel_size": _COUNT,
+    "model.context_parallel_size": _COUNT,
+    "model.expert_model_parallel_size": _COUNT,
+    "model.micro_batch_size": _COUNT,
+    "model.global_batch_size": _COUNT,
+    "model.optim.weight_decay": Range(low=0),
+    "model.optim.eps": _POSITIVE,
+    "model.optim.alpha": Range(low=0, below=1),
+    "model.optim.clip_grad": Range(low=0),
+    "model.optim.sched.warmup_ratio": _SHARE,
+    "model.optim.sched.min_lr_ratio": _SHARE,
+    "spin.iterations": _COUNT,
+    "spin.history": _FROM_ZERO,
+    "spin.gates.ln2_tolerance": _POSITIVE,
+    "spin.gates.sampler_tolerance": _POSITIVE,
+    "sft.lr": _POSITIVE,
+    "sft.epochs": _COUNT,
+    "sft.max_steps": _COUNT,
+    "data.max_prompt_length": _COUNT,
+    "data.max_response_length": _COUNT,
+    "data.max_quarantined_share": _SHARE,
+    "data.max_rows": _COUNT,
+    "data.num_workers": _COUNT,
+    "generation.num_generations": _COUNT,
+    "generation.top_k": _FROM_ZERO,
+    "generation.max_tokens": _COUNT,
+    "generation.tensor_parallel_size": _COUNT,
+    "generation.replicas": _COUNT,
+    "generation.shard_rows": _COUNT,
+    "generation.max_num_seqs": _COUNT,
+    "generation.kv_cache_gib": _POSITIVE,
+    "generation.load_timeout_s": _POSITIVE,
+    "generation.shard_timeout_s": _POSITIVE,
+    "trainer.devices": _COUNT,
+    "trainer.num_nodes": _COUNT,
+    "trainer.log_every_n_steps": _COUNT,
+    "trainer.val_check_interval": _COUNT,
+    "trainer.save_interval": _COUNT,
+    "launcher.timeout_s": _POSITIVE,
+    "launcher.omp_num_threads": _COUNT,
+    "evaluation.num_prompts": _COUNT,
+}
+
+# A scalar, or a list with one value for each iteration.
+PER_ITERATION: dict[str, Range] = {
+    "spin.beta": _POSITIVE,
+    "spin.lr": _POSITIVE,
+    "spin.epochs": _COUNT,
+    "generation.temperature": Range(low=0),
+    "generation.top_p": Range(above=0, high=1),
+}
+
+# Every value of the list.
+LISTS: dict[str, Range] = {
+    "model.optim.betas": Range(low=0, below=1),
+    "generation.stop_token_ids": _FROM_ZERO,
+}
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "model.transformer_impl": ("auto", "transformer_engine", "local"),
+    "model.recompute_granularity": ("full",),
+    "model.optim.name": ("rmsprop", "adam"),
+    "model.optim.sched.name": ("linear", "cosine", "constant"),
+    "spin.loss": ("logistic", "hinge", "exponential", "correlation"),
+    "data.format": ("messages", "prompt_response", "spin"),
+    "data.overlong_prompt": ("quarantine", "truncate_left"),
+    "data.overlong_response": ("truncate", "quarantine"),
+    "generation.engine": ("vllm",),
+    "generation.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "trainer.accelerator": ("auto", "gpu", "cpu"),
+    "trainer.precision": ("auto", "32", "bf16"),
+    "launcher.name": ("local",),
+}
+
+# Texts that must not be empty (null where the schema allows it).
+TEXTS: tuple[str, ...] = (
+    "name",
+    "run_dir",
+    "model.path",
+    "sft.output",
+    "data.train",
+    "data.heldout",
+    "data.train_split",
+    "data.heldout_split",
+    "data.messages_column",
+    "data.prompt_column",
+    "data.response_column",
+    "data.id_column",
+    "data.prompt_template",
+    "data.system_prompt",
+    "generation.python",
+    "evaluation.scorer",
+)
+
+_LOOP = ("run_dir", "model.path", "data.train")
+
+# What must be given for a command, of the keys that have no default.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "run": _LOOP,
+    "prepare": _LOOP,
+    "generate": _LOOP,
+    "score": _LOOP,
+    "train": _LOOP,
+    "export": _LOOP,
+    "evaluate": _LOOP,
+    "sft": ("sft.output", "model.path", "data.train"),
+    "import-hf": ("run_dir", "model.path"),
+}
