@@ -1,0 +1,129 @@
+"""Runs a training job through Lightning's trainer and NeMo's exp_manager."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from nemo.utils.exp_manager import exp_manager
+
+from nemo_spin.data.progress import Progress
+from nemo_spin.megatron.checkpoint import latest_checkpoint
+from nemo_spin.megatron.runtime import Runtime
+from nemo_spin.model.callbacks import MetricsFile, SaveCheckpoints
+from nemo_spin.model.settings import TrainingJob
+from nemo_spin.model.spin_model import MegatronGPTSPINModel
+from nemo_spin.model.strategy import MegatronCheckpointIO, MegatronStrategy
+
+logger = logging.getLogger(__name__)
+
+
+class _Policy(MegatronGPTSPINModel):
+    """Introduces the engine to the checkpoint IO as soon as it exists."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.trainer.strategy.checkpoint_io.engine = self.engine
+
+
+def fit(job: TrainingJob, *, runtime: Runtime, devices: int, num_nodes: int, progress: Progress) -> Path:
+    """Trains, resuming from the newest complete checkpoint. All ranks must call.
+
+    Args:
+        job: What to train.
+        runtime: This rank's place; process groups are joined.
+        devices, num_nodes: Ranks per node, and nodes.
+        progress: Told of every step; only the first rank's is shown.
+
+    Returns:
+        The checkpoint after the last optimizer step.
+
+    Raises:
+        GateError: The first loss is not what it is at margin 0.
+        CheckpointError: The checkpoint to resume from cannot be read.
+    """
+    warnings.filterwarnings("ignore", module="lightning")
+    saver = SaveCheckpoints(job.checkpoint_directory, job.save_interval)
+    metrics = MetricsFile(job.metrics_path, progress, job.log_every_n_steps)
+    strategy = MegatronStrategy(runtime, MegatronCheckpointIO())
+    check_every = job.val_check_interval
+    trainer = Trainer(
+        accelerator=runtime.device.type if runtime.device.type == "cpu" else "gpu",
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision="32-true",  # Megatron holds the parameters' own type
+        max_epochs=-1,
+        max_steps=1,  # set below, once the rows are counted
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=1.0 if check_every else 0,
+        val_check_interval=check_every,
+        check_val_every_n_epoch=None if check_every else 1,
+        logger=False,
+        callbacks=[metrics, saver],
+        log_every_n_steps=1,
+    )
+    exp_manager(trainer, _loggers(job))
+    model = _Policy(job, runtime, trainer)
+    trainer.fit_loop.epoch_loop.max_steps = model.num_steps
+    resume = latest_checkpoint(job.checkpoint_directory)
+    if resume is not None:
+        progress.note(f"resuming from {resume.name}")
+    trainer.fit(model, ckpt_path=resume)
+    metrics.write_heldout(trainer, model.evaluate_heldout())
+    return saver.save_last(trainer)
+
+
+def _loggers(job: TrainingJob) -> dict[str, Any]:
+    return {
+        "explicit_log_dir": str(job.directory / "logs"),
+        "create_checkpoint_callback": False,
+        "resume_if_exists": False,
+        "log_step_timing": False,
+        "seconds_to_sleep": 0,
+        **job.exp_manager,
+    }
+
+
+def summary(metrics_path: Path) -> dict[str, float]:
+    """The numbers of a finished training worth a line: its last tenth of steps, and held-out rows.
+
+    Returns:
+        `steps`, `first_loss`, means of the last tenth (at least one step) under their own
+        names, and the last held-out evaluation's under `heldout_`.
+    """
+    lines = [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if line["split"] == "train"]
+    heldout = [line for line in lines if line["split"] == "heldout"]
+    result: dict[str, float] = {"steps": len(steps)}
+    if steps:
+        result["first_loss"] = steps[0]["loss"]
+        last = steps[-max(1, len(steps) // 10) :]
+        for name in _SUMMARISED:
+            if name in last[0]:
+                result[name] = sum(line[name] for line in last) / len(last)
+    if heldout:
+        result.update({f"heldout_{k}": heldout[-1][k] for k in _SUMMARISED if k in heldout[-1]})
+    return result
+
+
+_SUMMARISED = (
+    "loss",
+    "margin",
+    "accuracy",
+    "policy_real_logps",
+    "policy_generated_logps",
+    "opponent_real_logps",
+    "opponent_generated_logps",
+    "policy_real_logps_per_token",
+    "policy_generated_logps_per_token",
+    "grad_norm",
+)

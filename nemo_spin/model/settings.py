@@ -1,0 +1,67 @@
+"""What one training job is: the values of one iteration, picked out of the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_spin.config.schema import ModelConfig, OptimConfig
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One training of a policy, from its opponent's weights to the last optimizer step.
+
+    Attributes:
+        opponent: Hugging Face directory the policy starts as.
+        rows: Directory of scored pairs, or of prepared demonstrations for plain fine-tuning.
+        objective: `spin`, or `sft` for plain cross-entropy on real responses.
+        loss, beta: The SPIN loss and the factor of its margin.
+        lr, epochs: Peak learning rate; passes over the rows.
+        max_steps: Optimizer steps to stop after; None: all of the epochs.
+        seed, iteration: Decide the order of rows.
+        model: Parallel sizes, batch sizes, optimizer.
+        precision: `32` or `bf16`.
+        ln2_tolerance: Of the ln 2 gate; None: no gate.
+        directory: Where checkpoints and loggers write.
+        metrics_path: JSON lines, one per optimizer step.
+        save_interval: Optimizer steps between checkpoints; None: only the last.
+        val_check_interval: Optimizer steps between held-out evaluations; None: only at the end.
+        log_every_n_steps: How often loggers are fed.
+        exp_manager: Loggers, for NeMo's exp_manager.
+    """
+
+    opponent: Path
+    rows: Path
+    objective: str
+    loss: str
+    beta: float
+    lr: float
+    epochs: int
+    max_steps: int | None
+    seed: int
+    iteration: int
+    model: ModelConfig
+    precision: str
+    ln2_tolerance: float | None
+    directory: Path
+    metrics_path: Path
+    save_interval: int | None
+    val_check_interval: int | None
+    log_every_n_steps: int
+    exp_manager: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def optim(self) -> OptimConfig:
+        """The optimizer's settings."""
+        return self.model.optim
+
+    @property
+    def checkpoint_directory(self) -> Path:
+        """Where resume checkpoints lie."""
+        return self.directory / "checkpoints"
+
+    def as_plain(self) -> dict[str, Any]:
+        """Containers of plain values, as NeMo's model configuration wants them."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}

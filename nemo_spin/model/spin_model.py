@@ -1,0 +1,208 @@
+"""The NeMo model class: SPIN (or plain fine-tuning) on Megatron's GPTModel.
+
+A thin adapter. `nemo_spin.megatron` builds, steps, scores and stores; this class gives
+it NeMo's and Lightning's hooks. One Lightning batch is one global batch, and its rows
+follow from the number of the optimizer step alone, so a resumed run sees the data it
+would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from nemo.core.classes import ModelPT
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
+
+from nemo_spin.bridge.families import architecture_of
+from nemo_spin.bridge.import_hf import load_weights
+from nemo_spin.data.datasets import Batches, Rows
+from nemo_spin.data.pairs import prepared_rows, training_rows
+from nemo_spin.errors import GateError, explain
+from nemo_spin.megatron.engine import Engine
+from nemo_spin.megatron.forward_step import SFT_SUMS, SPIN_SUMS, LossFunction, sft_loss, spin_loss, summarise
+from nemo_spin.megatron.learning_rate import learning_rate
+from nemo_spin.megatron.optimizers import build_optimizer, uses_distributed_optimizer, wrap_for_training
+from nemo_spin.megatron.provider import build_model
+from nemo_spin.megatron.runtime import Runtime
+from nemo_spin.model.optimizer import MegatronOptimizerAdapter
+from nemo_spin.model.settings import TrainingJob
+from nemo_spin.objective.losses import LOSSES
+
+_DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
+_EVALUATION_MICROBATCHES = 8  # per data-parallel rank and schedule call, for held-out rows
+
+
+class MegatronGPTSPINModel(ModelPT):
+    """A policy in training against the opponent it started as.
+
+    Args:
+        job: What to train, on what, and how.
+        runtime: This rank's place; process groups are joined.
+        trainer: Lightning's trainer.
+    """
+
+    def __init__(self, job: TrainingJob, runtime: Runtime, trainer: Any = None) -> None:
+        self.job = job
+        self.runtime = runtime
+        self.engine: Engine | None = None
+        self.last_metrics: dict[str, float] = {}
+        self._heldout: Rows | None = None
+        self._rows: Rows
+        self._adapter: MegatronOptimizerAdapter
+        super().__init__(OmegaConf.create({"job": job.as_plain()}), trainer)
+        self.setup_training_data({"split": "train"})
+        self.setup_validation_data({"split": "heldout"})
+
+    @classmethod
+    def list_available_models(cls) -> None:
+        """There are no pretrained models of this class: it starts from a user's."""
+        return None
+
+    # Data
+
+    def setup_training_data(self, train_data_config: Any) -> None:
+        """Reads the training rows; one Lightning batch is one optimizer step."""
+        self._rows = self._read(train_data_config["split"])
+        self._train_dl = DataLoader(range(self.num_steps), batch_size=None)
+
+    def setup_validation_data(self, val_data_config: Any) -> None:
+        """Reads the held-out rows; they are one Lightning batch."""
+        rows = self._read(val_data_config["split"])
+        self._heldout = rows if rows.num_rows else None
+        self._validation_dl = DataLoader(range(1), batch_size=None)
+
+    def _read(self, split: str) -> Rows:
+        if self.job.objective == "sft":
+            return Rows(prepared_rows(self.job.rows, split), ("real_ids",))
+        return Rows(training_rows(self.job.rows, split))
+
+    @property
+    def batches(self) -> Batches:
+        """The global batches of this training."""
+        return Batches(
+            num_rows=self._rows.num_rows,
+            global_batch_size=self.job.model.global_batch_size,
+            epochs=self.job.epochs,
+            seed=self.job.seed,
+            iteration=self.job.iteration,
+        )
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps in all."""
+        steps = self.batches.num_steps
+        return steps if self.job.max_steps is None else min(steps, self.job.max_steps)
+
+    # Model and optimizer
+
+    def configure_model(self) -> None:
+        """Builds this rank's share of the policy, as a copy of the opponent, and its optimizer."""
+        if self.engine is not None:
+            return
+        job, dtype = self.job, _DTYPES[self.job.precision]
+        architecture = architecture_of(job.opponent)
+        chunks = build_model(architecture, job.model, params_dtype=dtype)
+        load_weights(chunks, job.opponent, architecture)
+        distributed = uses_distributed_optimizer(job.model, dp_size=self.runtime.dp_size)
+        wrapped = wrap_for_training(chunks, distributed_optimizer=distributed)
+        optimizer = build_optimizer(
+            wrapped, job.optim, lr=job.lr, params_dtype=dtype, distributed=distributed
+        )
+        self.engine = Engine(
+            wrapped, self.runtime, architecture.vocab_size, job.model.micro_batch_size, optimizer
+        )
+
+    def configure_optimizers(self) -> MegatronOptimizerAdapter:
+        """Megatron's optimizer, which sets each step's learning rate itself."""
+        assert self.engine is not None, "configure_model comes first"
+        self._adapter = MegatronOptimizerAdapter(self.engine, self._learning_rate)
+        return self._adapter
+
+    def _learning_rate(self) -> float:
+        return learning_rate(
+            self.trainer.global_step, num_steps=self.num_steps, peak=self.job.lr, sched=self.job.optim.sched
+        )
+
+    @property
+    def loss_function(self) -> LossFunction:
+        """What is summed over a global batch."""
+        if self.job.objective == "sft":
+            return sft_loss
+        return partial(spin_loss, loss=LOSSES[self.job.loss], beta=self.job.beta)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return SFT_SUMS if self.job.objective == "sft" else SPIN_SUMS
+
+    # Lightning's steps
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> torch.Tensor:
+        """Forward and backward of one global batch, over all microbatches and stages."""
+        assert self.engine is not None, "configure_model comes first"
+        start, step = time.monotonic(), self.trainer.global_step
+        sums = self.engine.backward(
+            self._rows, self.batches.indices(step), loss=self.loss_function, names=self._names
+        )
+        self.last_metrics = summarise(sums)
+        self._check_first_loss(step)
+        tokens = sums["real_tokens"] + sums.get("generated_tokens", 0.0)
+        seconds = time.monotonic() - start
+        self.last_metrics.update(step=step, response_tokens=tokens, forward_backward_seconds=seconds)
+        return torch.tensor(self.last_metrics["loss"])
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Megatron's schedule has run the backward passes."""
+
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """The engine clears gradients before it computes new ones."""
+
+    def step_metrics(self) -> dict[str, float]:
+        """What the step just made looked like, on every rank."""
+        return {
+            **self.last_metrics,
+            "grad_norm": self._adapter.grad_norm,
+            "lr": self._adapter.param_groups[0]["lr"],
+        }
+
+    def validation_step(self, batch: Any, batch_idx: int = 0) -> None:
+        """Evaluates all held-out rows."""
+        self.last_heldout_metrics = self.evaluate_heldout()
+
+    def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:
+        """`evaluate_heldout` has already summed over ranks."""
+
+    def evaluate_heldout(self) -> dict[str, float]:
+        """Loss, margin, accuracy and log-probabilities on held-out rows. All ranks must call."""
+        assert self.engine is not None, "configure_model comes first"
+        if self._heldout is None:
+            return {}
+        batch_rows = self.job.model.micro_batch_size * self.runtime.dp_size * _EVALUATION_MICROBATCHES
+        sums = self.engine.evaluate(
+            self._heldout, batch_rows=batch_rows, loss=self.loss_function, names=self._names
+        )
+        return summarise(sums)
+
+    def _check_first_loss(self, step: int) -> None:
+        """The ln 2 gate: before the first update the policy is its opponent, every margin is 0."""
+        tolerance = self.job.ln2_tolerance
+        if step > 0 or tolerance is None or self.job.objective == "sft":
+            return
+        expected = float(LOSSES[self.job.loss](torch.zeros(1)))
+        found = self.last_metrics["loss"]
+        if math.isfinite(found) and abs(found - expected) <= tolerance:
+            return
+        raise GateError(
+            explain(
+                "ln 2 gate (spin.gates.ln2_tolerance)",
+                found=f"the first loss is {found:.6f}, margin {self.last_metrics['margin']:+.6f}",
+                rule=f"before the first update every margin is 0 and the {self.job.loss} loss is "
+                f"{expected:.6f} (+- {tolerance:g}): scoring and training see the same model and tokens",
+                remedy="compare what scored/ was made with and what is trained: precision, padding, "
+                "position handling, weights; remove scored/ of this iteration to score again",
+            )
+        )
