@@ -1,0 +1,113 @@
+"""Waits for a stage's processes while showing what they report."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from nemo_spin.data.progress import Progress
+from nemo_spin.errors import NemoSpinError, StageError, error_from_name, explain
+from nemo_spin.selfplay.launcher import RunningJob
+from nemo_spin.selfplay.signals import undisturbed
+
+_POLL_S = 0.1
+_GRACE_S = 15.0  # for the other ranks to end after one reported an error
+
+
+class ProgressReader:
+    """Reads the events that were appended to a progress file since the last look.
+
+    Args:
+        path: The file (`nemo_spin.data.progress`); it need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._rest = b""
+        self.error: NemoSpinError | None = None
+
+    def pump(self, progress: Progress) -> None:
+        """Hands new updates and notes to `progress`; keeps the first error that was reported."""
+        try:
+            with self._path.open("rb") as stream:
+                stream.seek(self._offset)
+                new = stream.read()
+        except FileNotFoundError:
+            return
+        self._offset += len(new)
+        *lines, self._rest = (self._rest + new).split(b"\n")
+        events = [event for event in map(_parse, lines) if event is not None]
+        for position, event in enumerate(events):
+            self._handle(event, progress, is_last=position == len(events) - 1)
+
+    def _handle(self, event: dict[str, Any], progress: Progress, *, is_last: bool) -> None:
+        match event.get("event"):
+            case "update" if is_last or event["done"] >= event["total"]:
+                progress.update(event["done"], event["total"], event["unit"], **event["values"])
+            case "note":
+                progress.note(event["text"])
+            case "error" if self.error is None:
+                self.error = error_from_name(event["type"], event["message"])
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:  # a writer was killed in the middle of a line
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def follow(
+    job: RunningJob, *, name: str, progress_path: Path, progress: Progress, timeout_s: float
+) -> None:
+    """Returns when the job has ended well; ends it in every other case.
+
+    Args:
+        job: The running processes.
+        name: For messages, such as "train of iteration 0".
+        progress_path: Where they report.
+        progress: Gets what they report.
+        timeout_s: Seconds after which they are ended.
+
+    Raises:
+        NemoSpinError: They failed; with the typed error that they reported, if any.
+    """
+    reader = ProgressReader(progress_path)
+    deadline = time.monotonic() + timeout_s
+    try:
+        while (code := job.poll()) is None:
+            reader.pump(progress)
+            if reader.error is not None:
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
+        reader.pump(progress)
+    finally:
+        with undisturbed():
+            job.stop()
+    if reader.error is not None:
+        raise reader.error
+    if code is None:
+        raise StageError(
+            explain(
+                name,
+                found=f"was not done after {timeout_s:.0f} s, and was ended\n{job.describe_failure()}",
+                rule="a stage ends within launcher.timeout_s",
+                remedy="look at its log; raise launcher.timeout_s if it only needs longer; "
+                "the same command goes on where it was",
+            )
+        )
+    if code != 0:
+        raise StageError(
+            explain(
+                name,
+                found=f"ended with exit code {code}\n{job.describe_failure()}",
+                rule="a stage's processes end with exit code 0",
+                remedy="look at the log; the same command goes on where it was",
+            )
+        )

@@ -1,0 +1,160 @@
+"""What a stage's result depends on, and how to say that it differs.
+
+The `inputs` of a manifest are a mapping: hashes of what the stage consumed, and under
+`config` the values of exactly those configuration keys that matter to its result. Each
+stage declares its keys in `KEYS` below. Keys that are in no list change no result
+(beyond the order in which numbers are rounded): where and with how many processes
+something runs, how it is cut into batches or shards, logging, time-outs, names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_spin.config.iterations import at_iteration
+from nemo_spin.config.schema import Config
+from nemo_spin.errors import ConfigError, explain
+
+_SAMPLING = (
+    "seed",
+    "generation.engine",
+    "generation.temperature",
+    "generation.top_p",
+    "generation.top_k",
+    "generation.max_tokens",
+    "generation.stop_token_ids",
+    "generation.dtype",
+    "trainer.precision",
+)
+_OPTIMIZATION = ("seed", "model.global_batch_size", "model.optim", "trainer.precision")
+
+# `prepare` lists its inputs itself (`data/inputs.py`).
+KEYS: dict[str, tuple[str, ...]] = {
+    "generate": (*_SAMPLING, "generation.num_generations"),
+    "score": ("trainer.precision", "spin.history"),
+    "train": (*_OPTIMIZATION, "spin.loss", "spin.beta", "spin.lr", "spin.epochs"),
+    "export": ("trainer.precision",),
+    "evaluate": (
+        *_SAMPLING,
+        "evaluation.scorer",
+        "evaluation.num_prompts",
+        "evaluation.sampled",
+        "evaluation.greedy",
+    ),
+    "sft": (*_OPTIMIZATION, "sft.lr", "sft.epochs", "sft.max_steps"),
+    "import-hf": ("trainer.precision",),
+}
+PER_ITERATION = frozenset(
+    {"spin.beta", "spin.lr", "spin.epochs", "generation.temperature", "generation.top_p"}
+)
+
+
+def config_inputs(config: Config, stage: str, iteration: int | None) -> dict[str, Any]:
+    """Dotted key -> value of what matters to `stage`; of lists the value of this iteration."""
+    values: dict[str, Any] = {}
+    for key in KEYS[stage]:
+        value = config_value(config, key)
+        if key in PER_ITERATION:
+            value = at_iteration(value, 0 if iteration is None else iteration)
+        values.update(flatten(value, key))
+    return plain(values)
+
+
+def config_value(config: Config, key: str) -> Any:
+    """The value of a dotted key; sections as nested mappings."""
+    node: Any = asdict(config)
+    for name in key.split("."):
+        node = node[name]
+    return node
+
+
+def flatten(value: Any, key: str) -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys."""
+    if not isinstance(value, Mapping):
+        return {key: value}
+    return {name: leaf for part, below in value.items() for name, leaf in flatten(below, f"{key}.{part}").items()}
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON gives it back, so that it can be compared with what was written."""
+    return json.loads(json.dumps(value))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One input of a stage that is not what it was.
+
+    Attributes:
+        stage: Such as "train of iteration 0".
+        key: A configuration key, or what else the stage consumed.
+        was: The value then; `ABSENT` if there was none.
+        now: The value today; `ABSENT` if there is none.
+    """
+
+    stage: str
+    key: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: was {_shown(self.was)}, is {_shown(self.now)}  ({self.stage})"
+
+
+ABSENT = object()
+
+
+def differences(stage: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """Every input of `now` that is not as in `was`, configuration keys first."""
+    before, today = dict(_leaves(plain(was))), dict(_leaves(plain(now)))
+    keys = sorted(before.keys() | today.keys(), key=lambda key: ("." not in key, key))
+    found = (Difference(stage, key, before.get(key, ABSENT), today.get(key, ABSENT)) for key in keys)
+    return [difference for difference in found if difference.was != difference.now]
+
+
+def refuse(run_dir: Path, found: list[Difference], redo: list[Path]) -> ConfigError:
+    """The error for a run directory whose finished work does not fit today's inputs.
+
+    Args:
+        run_dir: The run directory.
+        found: What differs.
+        redo: Directories that would have to be made again.
+    """
+    where = " ".join(str(path) for path in redo)
+    lines = "".join(f"\n    {line}" for line in dict.fromkeys(str(difference) for difference in found))
+    return ConfigError(
+        explain(
+            str(run_dir),
+            found=f"was made from other inputs{lines}",
+            rule="finished work is used again only if all it was made from is the same",
+            remedy="set them back, give another run_dir, or redo the work from there on: "
+            f"rm -r {where}",
+        )
+    )
+
+
+def _leaves(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in inputs.items():
+        if key == "config":  # its keys speak for themselves
+            yield from flatten(value, "").items() if not value else _config_leaves(value)
+        elif isinstance(value, Mapping):
+            yield from flatten(value, key).items()
+        else:
+            yield key, value
+
+
+def _config_leaves(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, entry in value.items():
+        yield from flatten(entry, key).items()
+
+
+def _shown(value: Any) -> str:
+    if value is ABSENT:
+        return "not there"
+    if isinstance(value, str) and len(value) == 64 and all(digit in "0123456789abcdef" for digit in value):
+        return f"{value[:12]}…"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}…"
