@@ -53,7 +53,7 @@ class Architecture:
         qkv_bias, attention_output_bias, mlp_bias: Which linear layers have a bias.
         qk_norm: Queries and keys are normalised per head.
         tie_word_embeddings: The output layer is the embedding.
-        sliding_window: Tokens a position attends to, itself included; None where every
+        sliding_window: Tokens a position attends to, itself included, in some layer; None where every
             layer attends to all before it within `max_position_embeddings`.
         bos_token_id: None where the model has none.
         eos_token_ids: All ids that end a response, the configuration's first.

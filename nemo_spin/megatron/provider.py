@@ -53,6 +53,15 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
     return (vocab_size + multiple - 1) // multiple * multiple
 
 
+def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
+    """Stands for an initialisation: weights are always loaded.
+
+    Megatron's `perform_initialization=False` would say the same, but then parameters are
+    not marked as split over ranks, and the gradient norm counts one rank's share only.
+    """
+    return weight
+
+
 def transformer_config(
     architecture: Architecture, model: ModelConfig, *, params_dtype: torch.dtype
 ) -> TransformerConfig:
@@ -78,6 +87,7 @@ def transformer_config(
         params_dtype=params_dtype,
         bf16=half,
         variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # the one that Megatron allows beside it
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_epsilon,
         gated_linear_unit=architecture.gated,
@@ -93,7 +103,9 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=uses_transformer_engine(model.transformer_impl),
-        perform_initialization=False,
+        init_method=_leave_uninitialised,
+        output_layer_init_method=_leave_uninitialised,
+        embedding_init_method=_leave_uninitialised,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
         recompute_granularity=recompute,
