@@ -1,0 +1,174 @@
+"""The command `nemo-spin`: one function per command, nothing else.
+
+What a command needs is imported when it runs, so that help and the commands that only
+look answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import nemo_spin
+from nemo_spin.errors import NemoSpinError
+
+if TYPE_CHECKING:
+    from nemo_spin.config.schema import Config
+
+_EXAMPLE = """\
+example:
+  nemo-spin run --config my.yaml run_dir=runs/first spin.iterations=2 'spin.beta=[0.1,1.0]'
+
+Exit codes: 0 done, 1 a stage failed, 2 something in the input is wrong, 130 interrupted.
+"""
+_STAGES = ("generate", "score", "train", "export", "evaluate")
+_CHECKED_FOR = ("run", "prepare", "sft", *_STAGES, "import-hf")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    command = cast(Callable[[argparse.Namespace], None], options.function)
+    try:
+        command(options)
+        sys.stdout.flush()
+    except NemoSpinError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `nemo-spin status DIR | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """All stages of all iterations, going on where an earlier start stopped."""
+    from nemo_spin.launch.local import LocalLauncher
+    from nemo_spin.selfplay import loop
+    from nemo_spin.selfplay.screen import Screen
+
+    config = _load(options, command="run")
+    loop.run(config, launcher=LocalLauncher(), screen=Screen())
+
+
+def stage(options: argparse.Namespace) -> None:
+    """One stage: prepare, generate, score, train, export, evaluate or import-hf."""
+    from nemo_spin.launch.local import LocalLauncher
+    from nemo_spin.selfplay import loop
+    from nemo_spin.selfplay.screen import Screen
+
+    config = _load(options, command=options.command)
+    iteration = getattr(options, "iteration", None)
+    loop.run_stage(config, options.command, iteration=iteration, launcher=LocalLauncher(), screen=Screen())
+
+
+def sft(options: argparse.Namespace) -> None:
+    """Plain fine-tuning on the demonstrations."""
+    from nemo_spin.launch.local import LocalLauncher
+    from nemo_spin.selfplay import loop
+    from nemo_spin.selfplay.screen import Screen
+
+    config = _load(options, command="sft")
+    loop.run_sft(config, launcher=LocalLauncher(), screen=Screen())
+
+
+def status(options: argparse.Namespace) -> None:
+    """What is done in a run directory, what is running, and how long it took."""
+    from nemo_spin.selfplay.status import describe
+
+    print(describe(Path(options.run_dir)))
+
+
+def validate_config(options: argparse.Namespace) -> None:
+    """Prints the resolved configuration, or everything that is wrong with it."""
+    from nemo_spin.config.load import to_yaml
+
+    print(to_yaml(_load(options, command=options.command_to_check)), end="")
+
+
+def _load(options: argparse.Namespace, *, command: str) -> Config:
+    from nemo_spin.config.load import load_config
+
+    return load_config(options.config, options.overrides, command=command)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Options may stand between the overrides; whatever is unknown is an error."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nemo-spin",
+        description="Self-play fine-tuning (SPIN) of language models at Megatron scale.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"nemo-spin {nemo_spin.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add(commands, "run", run, "everything: prepare, then generate, score, train, export, evaluate")
+    _add(commands, "prepare", stage, "demonstrations to token ids, once")
+    _add(commands, "sft", sft, "plain fine-tuning on the demonstrations, into sft.output")
+    for name, text in zip(
+        _STAGES,
+        (
+            "the opponent answers the training prompts",
+            "the opponent's log-probabilities of both responses",
+            "the policy learns to tell them apart",
+            "the policy as a Hugging Face directory",
+            "held-out metrics and scores",
+        ),
+        strict=True,
+    ):
+        added = _add(commands, name, stage, text)
+        added.add_argument(
+            "--iteration", type=_iteration, metavar="N", help="from 0; without it, the first that is not done"
+        )
+    _add(commands, "import-hf", stage, "model.path as a Megatron distributed checkpoint")
+    checked = _add(commands, "validate-config", validate_config, "print the resolved configuration")
+    checked.add_argument(
+        "--for", dest="command_to_check", choices=_CHECKED_FOR, default="run", help="the command to use it with"
+    )
+    shown = commands.add_parser("status", help="what is done in a run directory", description=status.__doc__)
+    shown.add_argument("run_dir", metavar="RUN_DIR")
+    shown.set_defaults(function=status)
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    function: Callable[[argparse.Namespace], None],
+    text: str,
+) -> argparse.ArgumentParser:
+    """A command that takes a configuration."""
+    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+    parser.add_argument("--config", metavar="NAME_OR_PATH", help="a name in conf/ or a YAML file (default: spin)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set configuration keys")
+    parser.set_defaults(function=function)
+    return parser
+
+
+def _iteration(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""Ranks as processes of this machine.
+
+The ranks get the variables that torchrun would give them, but no agent of torchrun's:
+that would be one more process that imports torch before the first rank starts, and one
+more that a SIGKILL can cut off from its ranks. What is needed of it is little:
+
+- one process group for all ranks, and a guard in it that kills the group when the
+  launching process dies, so that children of ranks (checkpoint writers) end too; besides,
+  each rank asks the kernel to be killed with its launcher (`launch/rank.py`);
+- the first failing rank ends the others within seconds.
+
+A job must be started from a thread that lives as long as the job: to the kernel, the
+thread is the parent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import nemo_spin
+from nemo_spin.errors import DataError, explain
+from nemo_spin.launch.rank import FAILURE_VARIABLE, LAUNCHER_VARIABLE
+from nemo_spin.selfplay.launcher import Job, RunningJob
+
+PROGRESS_VARIABLE = "NEMO_SPIN_PROGRESS"
+TIMED_OUT = 124  # exit code, as of timeout(1)
+_GRACE_S = 1.0  # for ranks that fail together to say why
+_TERM_S = 5.0  # from SIGTERM to SIGKILL
+_TAIL_LINES = 15
+_TAIL_BYTES = 16384
+_GUARD = 'trap "" TERM INT HUP; read _; kill -KILL 0'  # its input ends when the launching process does
+
+
+@dataclass(frozen=True)
+class _End:
+    """How a rank ended: Popen's return code and when (seconds since the epoch)."""
+
+    code: int
+    time: float
+
+
+class LocalLauncher:
+    """Starts all ranks of a job on this machine."""
+
+    def start(self, job: Job) -> RunningJob:
+        """Starts the ranks and returns at once.
+
+        Raises:
+            DataError: A process or log file could not be made.
+        """
+        try:
+            return LocalJob(job)
+        except OSError as error:
+            raise DataError(
+                explain(
+                    f"{job.name}, logs in {job.log_dir}",
+                    found=f"could not be started ({error})",
+                    rule="the run directory must be writable and have room, the machine room for processes",
+                    remedy="free what is missing and start the same command again",
+                )
+            ) from error
+
+
+class LocalJob:
+    """The processes of one job. See `nemo_spin.selfplay.launcher.RunningJob`."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._ends: dict[int, _End] = {}
+        self._changed = threading.Condition()
+        self._was_stopped = False
+        self._timed_out = False
+        self._deadline = time.monotonic() + job.timeout_s
+        self._ranks: list[subprocess.Popen[bytes]] = []
+        job.log_dir.mkdir(parents=True, exist_ok=True)
+        stem = re.sub(r"[^\w.-]+", "-", job.name)
+        self._logs = [job.log_dir / f"{stem}.rank_{rank}.log" for rank in range(job.ranks)]
+        self._offsets = [log.stat().st_size if log.exists() else 0 for log in self._logs]
+        self._failures = [log.with_suffix(".failure.json") for log in self._logs]
+        self._port = _reserve_port()
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+        )
+        try:
+            for rank in range(job.ranks):
+                self._ranks.append(self._start_rank(rank))
+        except BaseException:
+            self._sweep()
+            for process in self._ranks:
+                process.wait()
+            raise
+        for rank in range(job.ranks):
+            threading.Thread(target=self._await_rank, args=(rank,), daemon=True).start()
+
+    def poll(self) -> int | None:
+        """The exit code once all ranks ended: 0, or that of the rank that failed first."""
+        if time.monotonic() > self._deadline and not self._all_ended():
+            self._timed_out = True
+            self._end_group()
+        if not self._all_ended():
+            return None
+        self._sweep()
+        first = self._first_failure()
+        if self._timed_out:
+            return TIMED_OUT
+        if first is None:
+            return 0
+        if self._was_stopped and self._ends[first].code < 0:
+            return 128 + signal.SIGTERM
+        code = self._ends[first].code
+        return code if code > 0 else 128 - code
+
+    def stop(self) -> None:
+        """Ends all ranks and their children; returns when they are gone."""
+        if not self._all_ended():
+            self._was_stopped = True
+            self._end_group()
+        self._sweep()
+
+    def describe_failure(self) -> str:
+        """What happened to the rank that failed first, the end of its log, and the log's path."""
+        first = self._first_failure()
+        if first is None and not self._timed_out:
+            return f"{self._job.name}: no rank failed"
+        rank = first or 0
+        if self._timed_out:
+            rank, what = 0, f"did not end within {self._job.timeout_s:g} s (launcher.timeout_s)"
+        else:
+            what = f"rank {rank} {self._how_it_ended(rank)}"
+        tail = "".join(f"  | {line}\n" for line in _last_lines(self._logs[rank], self._offsets[rank]))
+        return f"{self._job.name}: {what}\n{tail}  log: {self._logs[rank]}"
+
+    def _start_rank(self, rank: int) -> subprocess.Popen[bytes]:
+        self._failures[rank].unlink(missing_ok=True)
+        command = [sys.executable, "-m", "nemo_spin.launch.rank", self._job.module, *self._job.arguments]
+        with self._logs[rank].open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(rank),
+                process_group=self._guard.pid,
+            )
+
+    def _environment(self, rank: int) -> dict[str, str]:
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
+        paths = [str(Path(nemo_spin.__file__).resolve().parents[1])]
+        if "site-packages" in paths[0]:  # installed: found without help
+            paths = []
+        if inherited.get("PYTHONPATH"):
+            paths.append(inherited["PYTHONPATH"])
+        if paths:
+            inherited["PYTHONPATH"] = os.pathsep.join(paths)
+        if sys.platform == "linux":  # not the address of the host name, which containers often lack
+            inherited.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        return inherited | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+            "WORLD_SIZE": str(self._job.ranks),
+            "LOCAL_WORLD_SIZE": str(self._job.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._port.getsockname()[1]),
+            "OMP_NUM_THREADS": str(self._job.omp_num_threads),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONFAULTHANDLER": "1",
+            PROGRESS_VARIABLE: str(self._job.progress_path),
+            FAILURE_VARIABLE: str(self._failures[rank]),
+            LAUNCHER_VARIABLE: str(os.getpid()),
+        }
+
+    def _await_rank(self, rank: int) -> None:
+        """Notes the end of a rank; a failure ends the others (runs in a thread of its own)."""
+        code = self._ranks[rank].wait()
+        with self._changed:
+            self._ends[rank] = _End(code, time.time())
+            self._changed.notify_all()
+        if code != 0 and not self._all_ended(within_s=_GRACE_S):
+            self._end_group()
+
+    def _all_ended(self, within_s: float = 0.0) -> bool:
+        """Whether all ranks ended, now or `within_s` seconds from now."""
+        with self._changed:
+            return self._changed.wait_for(lambda: len(self._ends) == len(self._ranks), within_s)
+
+    def _end_group(self) -> None:
+        """SIGTERM, and SIGKILL to what is still there after a while."""
+        self._signal_group(signal.SIGTERM)
+        if not self._all_ended(within_s=_TERM_S):
+            self._signal_group(signal.SIGKILL)
+            self._all_ended(within_s=_TERM_S)
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        with self._changed:
+            if self._guard.returncode is None:  # not reaped: the group's number is still ours
+                os.killpg(self._guard.pid, number)
+
+    def _sweep(self) -> None:
+        """Ends the guard, and whatever children the ranks left behind."""
+        with self._changed:
+            self._signal_group(signal.SIGKILL)
+            self._guard.wait()
+            _close(self._guard.stdin)
+            self._port.close()
+            for failure in self._failures if self._ends and not any(e.code for e in self._ends.values()) else ():
+                failure.unlink(missing_ok=True)
+
+    def _failure_time(self, rank: int) -> float:
+        """When the rank failed: by its own note, else when its process ended."""
+        note = _read_note(self._failures[rank])
+        return float(note.get("time", self._ends[rank].time))
+
+    def _first_failure(self) -> int | None:
+        with self._changed:
+            failed = [rank for rank, end in self._ends.items() if end.code != 0]
+        return min(failed, key=self._failure_time, default=None)
+
+    def _how_it_ended(self, rank: int) -> str:
+        code = self._ends[rank].code
+        if code == -signal.SIGKILL and not self._was_stopped:
+            return "was killed by SIGKILL (often: the machine ran out of memory)"
+        if code < 0:
+            return f"was ended by {signal.Signals(-code).name}"
+        note = _read_note(self._failures[rank])
+        reason = f" ({note['type']}: {note['message']})" if note and note["type"] != "SystemExit" else ""
+        return f"ended with exit code {code}{reason}"
+
+
+def _reserve_port() -> socket.socket:
+    """A socket that keeps a port from others; rank 0 may listen there while it is held."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder
+
+
+def _read_note(path: Path) -> dict[str, object]:
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def _last_lines(log: Path, offset: int) -> Sequence[str]:
+    """The last lines that a log got after `offset` bytes."""
+    try:
+        with log.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(offset, size - _TAIL_BYTES))
+            text = stream.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return [line[:300] for line in text.splitlines() if line.strip()][-_TAIL_LINES:]
+
+
+def _close(stream: IO[bytes] | None) -> None:
+    if stream is not None:
+        stream.close()
