@@ -1,0 +1,57 @@
+"""export and import-hf: between Megatron checkpoints and Hugging Face directories."""
+
+from __future__ import annotations
+
+from nemo_spin.bridge.export_hf import export_weights, verify_export
+from nemo_spin.bridge.import_hf import load_weights
+from nemo_spin.data.files import write_manifest
+from nemo_spin.errors import CheckpointError, explain
+from nemo_spin.megatron.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from nemo_spin.megatron.runtime import first_rank_writes
+from nemo_spin.selfplay.ranks.context import StageContext
+
+
+def export(context: StageContext) -> None:
+    """Writes `model/` from the last checkpoint of `train/` and reads it back. All ranks must call.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or it cannot be read.
+        ExportError: The directory could not be written, or differs when read back.
+    """
+    here = context.here
+    checkpoint = latest_checkpoint(here.train / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError(
+            explain(
+                str(here.train / "checkpoints"),
+                found="holds no complete checkpoint",
+                rule="export needs the weights that train has left",
+                remedy="run train of this iteration first",
+            )
+        )
+    engine, architecture = context.build_engine(here.opponent)
+    load_checkpoint(engine, checkpoint)
+    export_weights(
+        engine.chunks,
+        architecture=architecture,
+        source_dir=here.opponent,
+        out_dir=here.model,
+        dtype=None,
+        progress=context.progress,
+        extra={"inputs": context.inputs, "iteration": context.iteration},
+    )
+    if context.config.spin.gates.export:
+        verify_export(engine.chunks, here.model, architecture)
+
+
+def import_hf(context: StageContext) -> None:
+    """Writes model.path as a Megatron distributed checkpoint. All ranks must call."""
+    source, target = context.here.opponent, context.run.imported_dir
+    engine, _ = context.build_engine(
+        source, lambda chunks, architecture: load_weights(chunks, source, architecture)
+    )
+    save_checkpoint(engine, target, step=0, common={}, keep=1)
+    with first_rank_writes(context.runtime) as writes:
+        if writes:
+            files = [str(path.relative_to(target)) for path in target.glob("step-*/*") if path.is_file()]
+            write_manifest(target, stage="import-hf", files=files, inputs=context.inputs, counts={})

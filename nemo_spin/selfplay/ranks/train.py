@@ -1,0 +1,67 @@
+"""train and sft: from the opponent's weights to the last optimizer step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from nemo_spin.config.iterations import at_iteration
+from nemo_spin.data.files import write_manifest
+from nemo_spin.megatron.runtime import first_rank_writes
+from nemo_spin.selfplay.ranks.context import StageContext
+
+
+def train(context: StageContext) -> None:
+    """One iteration of self-play. All ranks must call."""
+    _fit(context, objective="spin")
+
+
+def sft(context: StageContext) -> None:
+    """Plain fine-tuning on the real responses. All ranks must call."""
+    _fit(context, objective="sft")
+
+
+def _fit(context: StageContext, *, objective: str) -> None:
+    from nemo_spin.model.fit import fit, summary  # 15 seconds of imports that scoring does not need
+    from nemo_spin.model.settings import TrainingJob
+
+    config, here = context.config, context.here
+    iteration = 0 if context.iteration is None else context.iteration
+    self_play = objective == "spin"
+    job = TrainingJob(
+        opponent=here.opponent,
+        rows=here.scored if self_play else context.run.data_dir,
+        objective=objective,
+        loss=config.spin.loss,
+        beta=float(at_iteration(config.spin.beta, iteration)) if self_play else 0.0,
+        lr=float(at_iteration(config.spin.lr, iteration)) if self_play else config.sft.lr,
+        epochs=int(at_iteration(config.spin.epochs, iteration)) if self_play else config.sft.epochs,
+        max_steps=None if self_play else config.sft.max_steps,
+        seed=config.seed,
+        iteration=iteration,
+        model=config.model,
+        precision=context.precision,
+        ln2_tolerance=config.spin.gates.ln2_tolerance,
+        directory=here.train,
+        metrics_path=here.metrics_path,
+        save_interval=config.trainer.save_interval,
+        val_check_interval=config.trainer.val_check_interval,
+        log_every_n_steps=config.trainer.log_every_n_steps,
+        exp_manager=asdict(config.exp_manager),
+    )
+    last = fit(
+        job,
+        runtime=context.runtime,
+        devices=config.trainer.devices,
+        num_nodes=config.trainer.num_nodes,
+        progress=context.progress,
+    )
+    with first_rank_writes(context.runtime) as writes:
+        if writes:
+            files = [str(path.relative_to(here.train)) for path in last.rglob("*") if path.is_file()]
+            write_manifest(
+                here.train,
+                stage="train" if self_play else "sft",
+                files=files,
+                inputs=context.inputs,
+                counts=summary(here.metrics_path),
+            )

@@ -1,0 +1,81 @@
+"""Entry point of a stage's ranks: `python -m nemo_spin.selfplay.worker STAGE --run-dir DIR …`.
+
+It imports Megatron only once it knows the stage, reports a user's mistake to the command
+that started it as a typed event, and leaves everything else to the traceback in its log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from nemo_spin.data.progress import Progress, ProgressFile, SilentProgress
+from nemo_spin.errors import NemoSpinError
+
+PROGRESS_VARIABLE = "NEMO_SPIN_PROGRESS"
+
+STAGES = {
+    "score": "nemo_spin.selfplay.ranks.score:score",
+    "train": "nemo_spin.selfplay.ranks.train:train",
+    "sft": "nemo_spin.selfplay.ranks.train:sft",
+    "export": "nemo_spin.selfplay.ranks.export:export",
+    "import-hf": "nemo_spin.selfplay.ranks.export:import_hf",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one rank of one stage; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="nemo_spin.selfplay.worker")
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--iteration", type=int)
+    parser.add_argument("--inputs", type=Path, required=True, help="JSON the stage's manifest will hold")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    is_first = os.environ.get("RANK", "0") == "0"
+    path = os.environ.get(PROGRESS_VARIABLE)
+    file = ProgressFile(Path(path)) if path else None
+    try:
+        _run(options, file if file and is_first else SilentProgress())
+    except NemoSpinError as error:
+        if file is None:
+            raise
+        file.error(error)
+        return error.exit_code
+    return 0
+
+
+def _run(options: argparse.Namespace, progress: Progress) -> None:
+    from nemo_spin.config.load import read_yaml
+    from nemo_spin.megatron.runtime import finalize, initialize
+    from nemo_spin.selfplay.ranks.context import StageContext
+    from nemo_spin.selfplay.run_directory import RunDirectory
+
+    run = RunDirectory(options.run_dir)
+    config = read_yaml(run.config_path)
+    runtime = initialize(
+        tensor_model_parallel_size=config.model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,
+        context_parallel_size=config.model.context_parallel_size,
+        seed=config.seed,
+    )
+    context = StageContext(
+        config=config,
+        run=run,
+        iteration=options.iteration,
+        runtime=runtime,
+        progress=progress,
+        inputs=json.loads(options.inputs.read_text(encoding="utf-8")),
+    )
+    module, _, function = STAGES[options.stage].partition(":")
+    getattr(importlib.import_module(module), function)(context)
+    finalize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
