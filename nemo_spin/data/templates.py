@@ -24,7 +24,6 @@ an answer may end: the end token, the tokenizer's EOS and the `eos_token_id` ent
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,14 +41,16 @@ from nemo_spin.data.rows import (
     RefusedError,
     with_system_prompt,
 )
-from nemo_spin.data.tokenizer_files import generation_eos_ids, load_tokenizer
+from nemo_spin.data.tokenizer_files import (
+    bad_chat_template,
+    generation_eos_ids,
+    load_tokenizer,
+    read_chat_template,
+)
 from nemo_spin.errors import ConfigError, explain
 
 __all__ = ["Encoded", "Template", "load_template", "load_tokenizer", "prepare_inputs"]
 
-# Templates that write today's date get this one (Llama 3's own fallback): the same rows
-# must become the same ids on every day.
-_TODAY = datetime.date(2024, 7, 26)
 _PROBE_ANSWER = "Zebra crossing 7"
 
 
@@ -124,11 +125,11 @@ class Template:
         self._tokenizer = tokenizer
         self._prompt_template = prompt_template
         self._system_prompt = system_prompt
-        self._kwargs = {"strftime_now": _TODAY.strftime, **(chat_template_kwargs or {})}
+        self._kwargs = dict(chat_template_kwargs or {})
         eos = tokenizer.eos_token_id
         candidates = {*more_stop_token_ids, *([] if eos is None else [eos])}
         if prompt_template is None:
-            self._check_chat_template()
+            self._chat_template = read_chat_template(tokenizer)
             end = self._turn_end(candidates)
         else:
             _check_prompt_template(prompt_template)
@@ -249,7 +250,11 @@ class Template:
         """Renders the chat template, in the sandbox of `transformers`."""
         try:
             text: str = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt, **self._kwargs
+                list(messages),
+                chat_template=self._chat_template,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **self._kwargs,
             )
         except Exception as error:  # a template may do anything to a message that it does not expect
             detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -315,18 +320,6 @@ class Template:
 
     # What tokenizer and template are like, found out once.
 
-    def _check_chat_template(self) -> None:
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise ConfigError(
-                explain(
-                    "data.prompt_template=null",
-                    found="the tokenizer of model.path has no chat template",
-                    rule="a prompt is made by the tokenizer's chat template or by data.prompt_template",
-                    remedy="set data.prompt_template, such as "
-                    r'"### Instruction: {prompt}\n\n### Response: ", or add a chat_template.jinja',
-                )
-            )
-
     def _turn_end(self, candidates: set[int]) -> int | None:
         """The first special token that the chat template puts behind an answer."""
         question = {"role": "user", "content": "Where do stripes meet?"}
@@ -336,9 +329,9 @@ class Template:
                 [question, {"role": "assistant", "content": _PROBE_ANSWER}], generation_prompt=False
             )
         except RefusedError as refusal:
-            raise _bad_chat_template(str(refusal)) from refusal
+            raise bad_chat_template(str(refusal)) from refusal
         if not prompt.strip() or _PROBE_ANSWER not in text:
-            raise _bad_chat_template("it does not render one question and its answer")
+            raise bad_chat_template("it does not render one question and its answer")
         tail = text[text.rfind(_PROBE_ANSWER) + len(_PROBE_ANSWER) :]
         special = {*candidates, *self._tokenizer.all_special_ids}
         added = getattr(self._tokenizer, "added_tokens_decoder", {})
@@ -379,16 +372,5 @@ def _no_end_token(prompt_template: str | None) -> ConfigError:
             + ("" if prompt_template else " and its chat template puts no special token behind an answer"),
             rule="every response ends with a token at which generation stops",
             remedy="set eos_token in tokenizer_config.json",
-        )
-    )
-
-
-def _bad_chat_template(found: str) -> ConfigError:
-    return ConfigError(
-        explain(
-            "data.prompt_template=null",
-            found=f"the chat template of model.path cannot be used ({found})",
-            rule="a chat template renders a user's message and the assistant's answer",
-            remedy="mend the chat template, or set data.prompt_template",
         )
     )

@@ -1,12 +1,18 @@
-"""Reads a model directory's tokenizer, without running code from it."""
+"""Reads a model directory's tokenizer and chat template, without running code from it."""
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
 
 from nemo_spin.errors import ConfigError, explain
+
+# Templates that write today's date get this one (Llama 3's own fallback): the same rows
+# must become the same ids on every day.
+_TODAY = datetime.datetime(2024, 7, 26)
+_DATE_CODES = "aAbBcdDeFHIjmMpSTuUwxXyY"
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -53,3 +59,46 @@ def generation_eos_ids(model_dir: Path) -> list[int]:
         ) from error
     values = value if isinstance(value, list) else [value]
     return [token for token in values if isinstance(token, int)]
+
+
+def read_chat_template(tokenizer: Any) -> str:
+    """The tokenizer's (default) chat template.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            explain(
+                "data.prompt_template=null",
+                found="the tokenizer of model.path has no chat template",
+                rule="a prompt is made by the tokenizer's chat template or by data.prompt_template",
+                remedy="set data.prompt_template, such as "
+                r'"### Instruction: {prompt}\n\n### Response: ", or add a chat_template.jinja',
+            )
+        )
+    try:
+        return with_fixed_date(tokenizer.get_chat_template())
+    except ValueError as error:  # several templates, and none is the default
+        raise bad_chat_template(str(error)) from error
+
+
+def with_fixed_date(chat_template: str) -> str:
+    """`chat_template` with `strftime_now`, if it uses it, saying the same on every day."""
+    if "strftime_now" not in chat_template:
+        return chat_template
+    replacements = "".join(f".replace('%{code}', '{_TODAY.strftime('%' + code)}')" for code in _DATE_CODES)
+    macro = "{%- macro strftime_now(format) -%}{{- format" + replacements + " -}}{%- endmacro -%}"
+    return macro + chat_template
+
+
+def bad_chat_template(found: str) -> ConfigError:
+    """Words that a chat template is there but cannot be used."""
+    return ConfigError(
+        explain(
+            "data.prompt_template=null",
+            found=f"the chat template of model.path cannot be used ({found})",
+            rule="a chat template renders a user's message and the assistant's answer",
+            remedy="mend the chat template, or set data.prompt_template",
+        )
+    )
