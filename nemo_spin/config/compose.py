@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -144,10 +145,8 @@ def _parse(parser: OverridesParser, line: str) -> Override:
         match = _OVERRIDE.fullmatch(line)
         if match is None:
             raise
-        quoted = match["text"].replace("\\", "\\\\").replace("'", "\\'")
-        override = parser.parse_override(f"{match['key']}='{quoted}'")
-        override.input_line = line
-        return override
+        template = parser.parse_override(f"{match['key']}=''")
+        return dataclasses.replace(template, _value=match["text"], input_line=line)
 
 
 def _bad_override(line: str, found: str, remedy: str) -> Mistake:
@@ -203,10 +202,22 @@ def _compose_file(path: Path, groups: Sequence[str]) -> DictConfig:
         raise yaml.YAMLError(f"the file holds a {type(content).__name__}, not a mapping")
     quoted = str(conf_dir()).replace("\\", "\\\\").replace("'", "\\'")
     search_path = f"hydra.searchpath=['file://{quoted}']"
-    with initialize_config_dir(version_base="1.3", config_dir=str(path.parent)):
+    with _hydra_set_aside(), initialize_config_dir(version_base="1.3", config_dir=str(path.parent)):
         config = compose(path.stem, overrides=[search_path, *groups])
     OmegaConf.set_struct(config, False)
     return config
+
+
+@contextlib.contextmanager
+def _hydra_set_aside() -> Iterator[None]:
+    """Lets a script that is a Hydra application itself (`hydra_runner`) compose ours too."""
+    theirs = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        if theirs is not None:
+            GlobalHydra.instance().initialize(theirs)
 
 
 @contextlib.contextmanager

@@ -31,14 +31,11 @@ class Range:
 
     def __str__(self) -> str:
         """The range in words."""
-        bounds = (
-            ("of at least", self.low),
-            ("above", self.above),
-            ("of at most", self.high),
-            ("below", self.below),
-        )
-        parts = [f"{words} {bound:g}" for words, bound in bounds if bound is not None]
-        return " ".join(["a whole number" if self.whole else "a number", " and ".join(parts)]).strip()
+        kind = "a whole number" if self.whole else "a number"
+        if self.low is not None and self.high is not None:
+            return f"{kind} from {self.low:g} to {self.high:g}"
+        bounds = (("of at least", self.low), ("above", self.above), ("of at most", self.high), ("below", self.below))
+        return f"{kind} " + " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
 
 
 _COUNT = Range(low=1, whole=True)
@@ -134,6 +131,8 @@ TEXTS: tuple[str, ...] = (
     "data.heldout",
     "data.train_split",
     "data.heldout_split",
+    "data.subset",
+    "data.revision",
     "data.messages_column",
     "data.prompt_column",
     "data.response_column",
