@@ -88,8 +88,8 @@ def with_fixed_date(chat_template: str) -> str:
     if "strftime_now" not in chat_template:
         return chat_template
     replacements = "".join(f".replace('%{code}', '{_TODAY.strftime('%' + code)}')" for code in _DATE_CODES)
-    macro = "{%- macro strftime_now(format) -%}{{- format" + replacements + " -}}{%- endmacro -%}"
-    return macro + chat_template
+    macro = "{%- macro strftime_now(format) -%}{{- format" + replacements + " -}}{%- endmacro %}"
+    return macro + "{{ '' }}" + chat_template  # the '' keeps a newline that the template begins with
 
 
 def bad_chat_template(found: str) -> ConfigError:
