@@ -1,0 +1,166 @@
+"""What an export consists of, beside the values: known before any rank writes, without torch.
+
+Every rank derives the same plan from the architecture alone, so that all know the byte
+at which each tensor begins and none has to ask. The bytes of an export depend neither on
+how the model was split nor on the time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_spin.bridge.checkpoint_files import INDEX_NAME, SINGLE_NAME, TOKENIZER_FILES
+from nemo_spin.bridge.hf_config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_json
+from nemo_spin.bridge.mappings import Shape
+from nemo_spin.bridge.safetensors_format import DTYPE_OF, ITEM_SIZES, StoredTensor, layout
+from nemo_spin.megatron.architecture import Architecture
+
+CARD_NAME = "README.md"
+MAX_SHARD_BYTES = 4 * 10**9
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One safetensors file: its first bytes and its size."""
+
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """The weight files of an export.
+
+    Attributes:
+        dtype: Of all tensors, as safetensors spells it.
+        files: By name, in order.
+        places: Where each tensor goes; `file` is a bare name.
+        index: Content of the index; None for a single file.
+    """
+
+    dtype: str
+    files: dict[str, WeightFile]
+    places: dict[str, StoredTensor]
+    index: dict[str, Any] | None
+
+
+def plan_export(shapes: Mapping[str, Shape], *, dtype: str, max_shard_bytes: int) -> ExportPlan:
+    """Distributes tensors over files of at most `max_shard_bytes` (or one tensor), in their order."""
+    shards: list[dict[str, Shape]] = [{}]
+    used = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * ITEM_SIZES[dtype]
+        if shards[-1] and used + size > max_shard_bytes:
+            shards.append({})
+            used = 0
+        shards[-1][name] = shape
+        used += size
+    files: dict[str, WeightFile] = {}
+    places: dict[str, StoredTensor] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        header, entries = layout(shard, dtype, Path(name))
+        data_size = sum(entry.size for entry in entries.values())
+        files[name] = WeightFile(header, len(header) + data_size)
+        places |= entries
+    index = None
+    if len(shards) > 1:
+        total = sum(entry.size for entry in places.values())
+        weight_map = {name: str(entry.file) for name, entry in places.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return ExportPlan(dtype, files, places, index)
+
+
+def create_files(plan: ExportPlan, directory: Path) -> None:
+    """Creates the weight files with their headers and reserves the room for all data.
+
+    Raises:
+        OSError: There is not enough room: known here, before anything is computed.
+    """
+    for name, file in plan.files.items():
+        descriptor = os.open(directory / name, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o644)
+        try:
+            os.posix_fallocate(descriptor, 0, file.size)
+            os.pwrite(descriptor, file.header, 0)
+        finally:
+            os.close(descriptor)
+    if plan.index is not None:
+        text = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
+        (directory / INDEX_NAME).write_text(text, encoding="utf-8")
+
+
+def copy_companions(source_dir: Path, directory: Path, *, dtype: str) -> None:
+    """Copies configuration, tokenizer, chat template and licence; code is never copied.
+
+    The configuration's dtype is changed where the export has another.
+    """
+    config = read_json(source_dir / CONFIG_NAME)
+    if _config_dtype(config) not in (None, dtype):
+        key = "dtype" if "dtype" in config else "torch_dtype"
+        config[key] = next(name for name, spelt in DTYPE_OF.items() if spelt == dtype)
+        (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    else:
+        shutil.copyfile(source_dir / CONFIG_NAME, directory / CONFIG_NAME)
+    names = [GENERATION_CONFIG_NAME, *TOKENIZER_FILES]
+    names += [path.name for pattern in _LICENCES for path in sorted(source_dir.glob(pattern))]
+    for name in names:
+        if (source_dir / name).is_file():
+            shutil.copyfile(source_dir / name, directory / name)
+    templates = source_dir / "additional_chat_templates"
+    for path in sorted(templates.glob("*.jinja")):
+        (directory / templates.name).mkdir(exist_ok=True)
+        shutil.copyfile(path, directory / templates.name / path.name)
+
+
+def _config_dtype(config: Mapping[str, Any]) -> str | None:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    return DTYPE_OF.get(name)
+
+
+def model_card(
+    architecture: Architecture, *, dtype: str, num_parameters: int, extra: Mapping[str, Any]
+) -> str:
+    """A short model card; `extra` is listed as it is, `base_model` in the header too."""
+    spelt = next(name for name, stored in DTYPE_OF.items() if stored == dtype)
+    lines = ["---"]
+    if extra.get("base_model"):
+        lines.append(f"base_model: {json.dumps(str(extra['base_model']))}")
+    lines += [
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [spin, self-play]",
+        "---",
+        "",
+    ]
+    lines += [
+        "# A model fine-tuned with nemo_spin",
+        "",
+        "Fine-tuned by self-play (SPIN, [arXiv 2401.01335](https://arxiv.org/abs/2401.01335)): the model",
+        "learned to tell its own earlier answers from those of the demonstrations.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| architecture | {architecture.hf_architecture} |",
+        f"| parameters | {num_parameters:,} |",
+        f"| weights | {spelt} |",
+    ]
+    lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in extra.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def files_in(directory: Path) -> list[str]:
+    """All files of a finished export, relative to it, in a fixed order."""
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())

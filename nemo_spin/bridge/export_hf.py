@@ -1,0 +1,298 @@
+"""Megatron's parameters into a Hugging Face directory, written by the ranks that hold them.
+
+Every tensor's place in the files is known beforehand (`export_files.plan_export`), so a
+rank writes its rows where they belong and no rank collects a tensor. Only where a stored
+row is spread over the tensor-parallel ranks are blocks of rows brought together first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, distributed, nn
+
+from nemo_spin.bridge.agreement import from_first_rank, together
+from nemo_spin.bridge.checkpoint_files import check_tensors, open_checkpoint
+from nemo_spin.bridge.export_files import (
+    CARD_NAME,
+    MAX_SHARD_BYTES,
+    ExportPlan,
+    copy_companions,
+    create_files,
+    files_in,
+    model_card,
+    plan_export,
+)
+from nemo_spin.bridge.families import family_of
+from nemo_spin.bridge.mappings import Piece
+from nemo_spin.bridge.placement import (
+    STORED_DTYPES,
+    TORCH_DTYPES,
+    Placed,
+    place,
+    row_blocks,
+    tensor_to_bits,
+    view,
+)
+from nemo_spin.bridge.safetensors_format import DTYPE_OF, ITEM_SIZES, StoredTensor
+from nemo_spin.data.files import Manifest, atomic_directory, write_manifest
+from nemo_spin.data.progress import Progress
+from nemo_spin.errors import ExportError, explain
+from nemo_spin.megatron.architecture import Architecture
+
+
+def export_weights(
+    model_chunks: Sequence[nn.Module],
+    *,
+    architecture: Architecture,
+    source_dir: Path,
+    out_dir: Path,
+    dtype: torch.dtype | None = None,
+    progress: Progress,
+    extra: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Manifest | None:
+    """Writes the model as a Hugging Face directory with a manifest. All ranks must call.
+
+    The bytes depend on the weights and the arguments, not on the parallel sizes. An
+    earlier `out_dir` is replaced when the new one is complete; on any error it stays.
+
+    Args:
+        model_chunks: This rank's share, wrapped or not.
+        architecture: What the config.json in `source_dir` says.
+        source_dir: Checkpoint that the model came from: configuration, tokenizer and chat
+            template are copied from it.
+        out_dir: The new directory, on a file system that all ranks share.
+        dtype: Type to store; None: the source's (its configuration's, else its weights').
+        progress: Told how many of this rank's tensors are written.
+        extra: Facts for the model card and the manifest's counts, such as `base_model`.
+        inputs: The manifest's inputs.
+        max_shard_bytes: Data in one file at most, unless a single tensor is larger.
+
+    Returns:
+        The manifest on rank 0, None on the others.
+
+    Raises:
+        CheckpointError: The source cannot be read, or the model does not fit it.
+        ExportError: A file could not be written.
+    """
+    facts = dict(extra or {})
+    source_dir, out_dir = Path(source_dir), Path(out_dir)
+    is_first = not distributed.is_initialized() or distributed.get_rank() == 0
+
+    def prepare() -> tuple[ExportPlan, list[Placed]]:
+        shapes = family_of(architecture).stored_shapes(architecture)
+        stored = STORED_DTYPES[dtype] if dtype is not None else _source_dtype(source_dir, architecture)
+        plan = plan_export(shapes, dtype=stored, max_shard_bytes=max_shard_bytes)
+        return plan, place(model_chunks, architecture)
+
+    plan, parameters = together(prepare)
+    with contextlib.ExitStack() as stack:  # on rank 0 it holds the unfinished directory
+
+        def begin() -> Path | None:
+            if not is_first:
+                return None
+            with _storage_errors(out_dir):
+                directory = stack.enter_context(atomic_directory(out_dir))
+                create_files(plan, directory)
+            return directory
+
+        def write() -> None:
+            with _storage_errors(out_dir):
+                _write(parameters, plan, directory=directory, progress=progress)
+
+        def finish() -> Manifest | None:
+            if not is_first:
+                return None
+            with _storage_errors(out_dir):
+                return _finish(
+                    plan,
+                    directory,
+                    source_dir=source_dir,
+                    architecture=architecture,
+                    facts=facts,
+                    inputs=inputs,
+                )
+
+        directory = from_first_rank(together(begin))
+        together(write)
+        manifest = together(finish)
+        together(stack.close)
+    return manifest
+
+
+def _source_dtype(source_dir: Path, architecture: Architecture) -> str:
+    if architecture.torch_dtype is not None:
+        return DTYPE_OF[architecture.torch_dtype]
+    first = next(iter(family_of(architecture).stored_shapes(architecture)))
+    checkpoint = open_checkpoint(source_dir)
+    check_tensors(checkpoint, architecture, family_of(architecture))
+    return checkpoint.tensors[first].dtype
+
+
+def _finish(
+    plan: ExportPlan,
+    directory: Path,
+    *,
+    source_dir: Path,
+    architecture: Architecture,
+    facts: Mapping[str, Any],
+    inputs: Mapping[str, Any] | None,
+) -> Manifest:
+    """Adds what is not weights, and the manifest, last."""
+    copy_companions(source_dir, directory, dtype=plan.dtype)
+    data_bytes = sum(place.size for place in plan.places.values())
+    num_parameters = data_bytes // ITEM_SIZES[plan.dtype]
+    card = model_card(architecture, dtype=plan.dtype, num_parameters=num_parameters, extra=facts)
+    (directory / CARD_NAME).write_text(card, encoding="utf-8")
+    counts = {"parameters": num_parameters, "tensors": len(plan.places), "bytes": data_bytes}
+    return write_manifest(
+        directory,
+        stage="export",
+        files=files_in(directory),
+        inputs=inputs or {},
+        counts={**facts, **counts},
+    )
+
+
+@contextlib.contextmanager
+def _storage_errors(out_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(
+            explain(
+                str(out_dir),
+                found=f"could not be written ({error.strerror or error})",
+                rule="an export needs room for all weights, in a directory that all ranks can write to",
+                remedy="free some space (or mend the permissions) and start the same command again; "
+                "an earlier export there is unharmed",
+            )
+        ) from error
+
+
+class _Writer:
+    """Writes blocks at byte offsets; after a first error nothing more, but without raising.
+
+    The other ranks of a tensor-parallel group may be waiting for this one in a collective,
+    so the error is raised when all blocks are through.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._descriptors: dict[str, int] = {}
+        self._error: OSError | None = None
+
+    def attempt(self, action: Callable[[], None]) -> None:
+        """Does it, unless something failed before."""
+        if self._error is None:
+            try:
+                action()
+            except OSError as error:
+                self._error = error
+
+    def write(self, target: StoredTensor, first_row: int, bits: np.ndarray) -> None:
+        """Writes whole rows of a tensor, `bits` being of its item size: [rows, ...]."""
+        name = target.file.name
+        if name not in self._descriptors:
+            self._descriptors[name] = os.open(self._directory / name, os.O_WRONLY)
+        row_bytes = target.size // target.shape[0]
+        position = target.offset + first_row * row_bytes
+        rest = memoryview(bits).cast("B")
+        while rest:
+            written = os.pwrite(self._descriptors[name], rest, position)
+            rest, position = rest[written:], position + written
+
+    def close(self) -> None:
+        """Makes what was written durable.
+
+        Raises:
+            OSError: The first error.
+        """
+        for descriptor in self._descriptors.values():
+            self.attempt(functools.partial(os.fsync, descriptor))
+            os.close(descriptor)
+        if self._error is not None:
+            raise self._error
+
+
+@torch.no_grad()
+def _write(parameters: list[Placed], plan: ExportPlan, *, directory: Path, progress: Progress) -> None:
+    """Writes this rank's share. All ranks of a tensor-parallel group must call."""
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+        return
+    writer = _Writer(directory)
+    for done, placed in enumerate(parameters, start=1):
+        for piece in placed.pieces:
+            target = plan.places[piece.tensor]
+            for block in row_blocks(piece, ITEM_SIZES[plan.dtype]):
+                values: Tensor | None = view(placed.parameter, block).to(TORCH_DTYPES[plan.dtype])
+                if placed.is_row_parallel:
+                    values = _joined_columns(values)
+                if values is not None and placed.is_writer:
+                    bits, first_row = tensor_to_bits(values), block.stored[0][0]
+                    writer.attempt(functools.partial(writer.write, target, first_row, bits))
+        report = functools.partial(progress.update, done, len(parameters), "tensors")
+        writer.attempt(report)
+    writer.close()
+
+
+def _joined_columns(values: Tensor) -> Tensor | None:
+    """All columns of the ranks' blocks, on the first rank of the tensor-parallel group; else None.
+
+    All ranks of the tensor-parallel group must call.
+
+    Args:
+        values: [rows, columns / TP].
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    own = values.contiguous().view(torch.uint8)  # gloo does not know every type
+    is_receiver = distributed.get_rank(group) == 0
+    parts = [torch.empty_like(own) for _ in range(distributed.get_world_size(group))] if is_receiver else None
+    distributed.gather(own, parts, dst=distributed.get_global_rank(group, 0), group=group)
+    return torch.cat(parts, dim=1).view(values.dtype) if parts is not None else None
+
+
+def verify_export(model_chunks: Sequence[nn.Module], out_dir: Path, architecture: Architecture) -> None:
+    """The export gate: reads an export back and compares it bit for bit. All ranks must call.
+
+    Every rank compares what it holds, converted to the stored type.
+
+    Raises:
+        CheckpointError: The directory is not a checkpoint of this architecture.
+        ExportError: A tensor differs from the model's.
+    """
+
+    def compare() -> None:
+        checkpoint = open_checkpoint(out_dir)
+        check_tensors(checkpoint, architecture, family_of(architecture))
+        for placed in place(model_chunks, architecture):
+            for piece in placed.pieces:
+                stored = checkpoint.tensors[piece.tensor]
+                for block in row_blocks(piece, ITEM_SIZES[stored.dtype]):
+                    held = tensor_to_bits(view(placed.parameter, block).to(TORCH_DTYPES[stored.dtype]))
+                    if not np.array_equal(held, checkpoint.read(piece.tensor, block.stored)):
+                        raise _differs(stored, block, placed)
+
+    together(compare)
+
+
+def _differs(stored: StoredTensor, block: Piece, placed: Placed) -> ExportError:
+    (first, last), *_ = block.stored
+    return ExportError(
+        explain(
+            str(stored.file),
+            found=f"tensor {block.tensor}, rows {first} to {last - 1}, is not what parameter {placed.name} holds",
+            rule="an export read back equals the model bit for bit",
+            remedy="remove the directory and export again; if it happens again, suspect the disk or the memory",
+        )
+    )

@@ -1,0 +1,233 @@
+"""How one Megatron parameter is made of Hugging Face tensors: the kinds of it.
+
+A mapping is pure geometry. For one tensor-parallel rank it lists *pieces*: which region
+of which stored tensor is which region of the rank's parameter. Import copies along the
+pieces, export goes the other way, and the export gate compares along them, so the three
+cannot disagree. A kind is right exactly if its inverse is: over all ranks the written
+pieces cover every stored tensor once, and the pieces of a rank cover its parameter
+once (but for padded vocabulary rows). `tests/unit/bridge/test_mappings.py` shows both.
+
+No torch here. Names may contain `{layer}`, the number of the layer in the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+from nemo_spin.errors import CheckpointError, explain
+from nemo_spin.megatron.architecture import Architecture
+
+Shape = tuple[int, ...]
+Region = tuple[tuple[int, int], ...]  # (start, stop) of every axis
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A region of a stored tensor and the region of the rank's parameter that holds it."""
+
+    tensor: str
+    stored: Region
+    local: Region
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's place among the tensor-parallel ranks."""
+
+    tp_rank: int
+    tp_size: int
+
+
+def whole(shape: Shape) -> Region:
+    """The region that is all of `shape`."""
+    return tuple((0, size) for size in shape)
+
+
+def _rows(shape: Shape, start: int, stop: int) -> Region:
+    return ((start, stop), *whole(shape)[1:])
+
+
+def _share_of(size: int, share: Share, what: str) -> tuple[int, int]:
+    """This rank's range of `size` equal parts.
+
+    Raises:
+        CheckpointError: The ranks cannot hold equal parts.
+    """
+    if size % share.tp_size:
+        raise CheckpointError(
+            explain(
+                "model.tensor_model_parallel_size",
+                found=f"{share.tp_size}, but {what} has {size}",
+                rule="every tensor-parallel rank holds the same number of them",
+                remedy=f"choose a divisor of {size}",
+            )
+        )
+    part = size // share.tp_size
+    return share.tp_rank * part, (share.tp_rank + 1) * part
+
+
+def dimensions(architecture: Architecture, names: tuple[str, ...]) -> Shape:
+    """The sizes that the tables name: fields of the architecture, and `query_size`."""
+    query_size = architecture.num_attention_heads * architecture.head_dim
+    return tuple(query_size if name == "query_size" else getattr(architecture, name) for name in names)
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """One Megatron parameter, by its name in `GPTModel` with the local layer spec."""
+
+    megatron: str
+
+    def at_layer(self, layer: int) -> Self:
+        """The same mapping with `{layer}` filled in."""
+
+        def filled(value: Any) -> Any:
+            if isinstance(value, str):
+                return value.replace("{layer}", str(layer))
+            return tuple(filled(element) for element in value)
+
+        return replace(self, **{field.name: filled(getattr(self, field.name)) for field in fields(self)})
+
+    def stored_shapes(self, architecture: Architecture) -> dict[str, Shape]:
+        """Names and shapes of the Hugging Face tensors, in the order of export."""
+        raise NotImplementedError
+
+    def local_shape(self, architecture: Architecture, share: Share, vocab_rows: int) -> Shape:
+        """Shape of the rank's parameter; `vocab_rows` are a rank's vocabulary rows, padding included."""
+        raise NotImplementedError
+
+    def pieces(self, architecture: Architecture, share: Share, vocab_rows: int) -> Iterator[Piece]:
+        """The rank's pieces, in the order of its parameter's rows."""
+        raise NotImplementedError
+
+    def is_writer(self, share: Share) -> bool:
+        """Whether this rank's pieces are the ones that are exported."""
+        return True
+
+
+@dataclass(frozen=True)
+class Replicated(Mapping):
+    """The same on every tensor-parallel rank; the first exports it."""
+
+    hf: str
+    shape: tuple[str, ...]
+
+    def stored_shapes(self, architecture: Architecture) -> dict[str, Shape]:
+        return {self.hf: dimensions(architecture, self.shape)}
+
+    def local_shape(self, architecture: Architecture, share: Share, vocab_rows: int) -> Shape:
+        return dimensions(architecture, self.shape)
+
+    def pieces(self, architecture: Architecture, share: Share, vocab_rows: int) -> Iterator[Piece]:
+        region = whole(dimensions(architecture, self.shape))
+        yield Piece(self.hf, region, region)
+
+    def is_writer(self, share: Share) -> bool:
+        return share.tp_rank == 0
+
+
+@dataclass(frozen=True)
+class VocabularyParallel(Mapping):
+    """Rows are tokens, split over the ranks after padding; padded rows are stored nowhere."""
+
+    hf: str
+
+    def stored_shapes(self, architecture: Architecture) -> dict[str, Shape]:
+        return {self.hf: (architecture.vocab_size, architecture.hidden_size)}
+
+    def local_shape(self, architecture: Architecture, share: Share, vocab_rows: int) -> Shape:
+        return (vocab_rows, architecture.hidden_size)
+
+    def pieces(self, architecture: Architecture, share: Share, vocab_rows: int) -> Iterator[Piece]:
+        start = share.tp_rank * vocab_rows
+        stop = min(start + vocab_rows, architecture.vocab_size)
+        if start < stop:
+            columns = (0, architecture.hidden_size)
+            yield Piece(self.hf, ((start, stop), columns), ((0, stop - start), columns))
+
+
+@dataclass(frozen=True)
+class ColumnParallel(Mapping):
+    """Rows (output channels) are split; a rank holds its part of each tensor, one below the other.
+
+    One tensor is Megatron's plain column-parallel layer, two (gate, up) its gated MLP.
+    """
+
+    hf: tuple[str, ...]
+    shape: tuple[str, ...]
+
+    def stored_shapes(self, architecture: Architecture) -> dict[str, Shape]:
+        return {name: dimensions(architecture, self.shape) for name in self.hf}
+
+    def local_shape(self, architecture: Architecture, share: Share, vocab_rows: int) -> Shape:
+        rows, *rest = dimensions(architecture, self.shape)
+        start, stop = _share_of(rows, share, self.shape[0])
+        return (len(self.hf) * (stop - start), *rest)
+
+    def pieces(self, architecture: Architecture, share: Share, vocab_rows: int) -> Iterator[Piece]:
+        shape = dimensions(architecture, self.shape)
+        start, stop = _share_of(shape[0], share, self.shape[0])
+        for position, name in enumerate(self.hf):
+            first = position * (stop - start)
+            yield Piece(name, _rows(shape, start, stop), _rows(shape, first, first + stop - start))
+
+
+@dataclass(frozen=True)
+class RowParallel(Mapping):
+    """Columns (input channels) are split."""
+
+    hf: str
+    shape: tuple[str, str]
+
+    def stored_shapes(self, architecture: Architecture) -> dict[str, Shape]:
+        return {self.hf: dimensions(architecture, self.shape)}
+
+    def local_shape(self, architecture: Architecture, share: Share, vocab_rows: int) -> Shape:
+        rows, columns = dimensions(architecture, self.shape)
+        start, stop = _share_of(columns, share, self.shape[1])
+        return (rows, stop - start)
+
+    def pieces(self, architecture: Architecture, share: Share, vocab_rows: int) -> Iterator[Piece]:
+        rows, columns = dimensions(architecture, self.shape)
+        start, stop = _share_of(columns, share, self.shape[1])
+        yield Piece(self.hf, ((0, rows), (start, stop)), ((0, rows), (0, stop - start)))
+
+
+@dataclass(frozen=True)
+class QueryKeyValue(Mapping):
+    """Query, key and value rows interleaved by query group; groups are split over the ranks.
+
+    The rows of one group: its query heads, its key head, its value head.
+    """
+
+    query: str
+    key: str
+    value: str
+    columns: tuple[str, ...] = ()  # none: a bias
+
+    def stored_shapes(self, architecture: Architecture) -> dict[str, Shape]:
+        columns = dimensions(architecture, self.columns)
+        key_value_size = architecture.num_query_groups * architecture.head_dim
+        return {
+            self.query: (architecture.num_attention_heads * architecture.head_dim, *columns),
+            self.key: (key_value_size, *columns),
+            self.value: (key_value_size, *columns),
+        }
+
+    def local_shape(self, architecture: Architecture, share: Share, vocab_rows: int) -> Shape:
+        start, stop = _share_of(architecture.num_query_groups, share, "the model's key/value heads")
+        heads = architecture.num_attention_heads // architecture.num_query_groups + 2
+        return ((stop - start) * heads * architecture.head_dim, *dimensions(architecture, self.columns))
+
+    def pieces(self, architecture: Architecture, share: Share, vocab_rows: int) -> Iterator[Piece]:
+        shapes = self.stored_shapes(architecture)
+        head_dim = architecture.head_dim
+        query_rows = architecture.num_attention_heads // architecture.num_query_groups * head_dim
+        local = 0
+        for group in range(*_share_of(architecture.num_query_groups, share, "the model's key/value heads")):
+            for name, rows in ((self.query, query_rows), (self.key, head_dim), (self.value, head_dim)):
+                stored = _rows(shapes[name], group * rows, (group + 1) * rows)
+                yield Piece(name, stored, ((local, local + rows), *stored[1:]))
+                local += rows
