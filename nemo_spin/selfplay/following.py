@@ -61,9 +61,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return event if isinstance(event, dict) else None
 
 
-def follow(
-    job: RunningJob, *, name: str, progress_path: Path, progress: Progress, timeout_s: float
-) -> None:
+def follow(job: RunningJob, *, name: str, progress_path: Path, progress: Progress, timeout_s: float) -> None:
     """Returns when the job has ended well; ends it in every other case.
 
     Args:

@@ -10,7 +10,7 @@ something runs, how it is cut into batches or shards, logging, time-outs, names.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def config_inputs(config: Config, stage: str, iteration: int | None) -> dict[str
         if key in PER_ITERATION:
             value = at_iteration(value, 0 if iteration is None else iteration)
         values.update(flatten(value, key))
-    return plain(values)
+    return dict(plain(values))
 
 
 def config_value(config: Config, key: str) -> Any:
@@ -76,7 +76,10 @@ def flatten(value: Any, key: str) -> dict[str, Any]:
     """Nested mappings as one mapping with dotted keys."""
     if not isinstance(value, Mapping):
         return {key: value}
-    return {name: leaf for part, below in value.items() for name, leaf in flatten(below, f"{key}.{part}").items()}
+    leaves: dict[str, Any] = {}
+    for part, below in value.items():
+        leaves |= flatten(below, f"{key}.{part}")
+    return leaves
 
 
 def plain(value: Any) -> Any:
@@ -100,19 +103,50 @@ class Difference:
     was: Any
     now: Any
 
-    def __str__(self) -> str:
-        return f"{self.key}: was {_shown(self.was)}, is {_shown(self.now)}  ({self.stage})"
+    @property
+    def words(self) -> str:
+        """Such as "spin.beta: was 0.1, is 1.0"."""
+        return f"{self.key}: was {_shown(self.was)}, is {_shown(self.now)}"
 
 
 ABSENT = object()
 
 
-def differences(stage: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """Every input of `now` that is not as in `was`, configuration keys first."""
-    before, today = dict(_leaves(plain(was))), dict(_leaves(plain(now)))
-    keys = sorted(before.keys() | today.keys(), key=lambda key: ("." not in key, key))
-    found = (Difference(stage, key, before.get(key, ABSENT), today.get(key, ABSENT)) for key in keys)
+def differences(
+    stage: str, was: Mapping[str, Any], now: Mapping[str, Any], *, prefix: str = ""
+) -> list[Difference]:
+    """Every input of `now` that is not as in `was`, configuration keys first.
+
+    Args:
+        stage: Whose inputs they are, for the message.
+        was: The inputs then.
+        now: The inputs today.
+        prefix: What the keys under `config` lack of their full names.
+    """
+    before, today = plain(was), plain(now)
+    found = [
+        *_compare(stage, _leaves(before.pop("config", {}), prefix), _leaves(today.pop("config", {}), prefix)),
+        *_compare(stage, _leaves(before), _leaves(today)),
+    ]
     return [difference for difference in found if difference.was != difference.now]
+
+
+def config_differences(was: Config, now: Config) -> list[str]:
+    """Every configuration key whose value changed, in words."""
+    found = _compare("", _leaves(plain(asdict(was))), _leaves(plain(asdict(now))))
+    return [difference.words for difference in found if difference.was != difference.now]
+
+
+def _compare(stage: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    keys = [*now, *(key for key in was if key not in now)]
+    return [Difference(stage, key, was.get(key, ABSENT), now.get(key, ABSENT)) for key in keys]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        leaves |= flatten(value, prefix + key)
+    return leaves
 
 
 def refuse(run_dir: Path, found: list[Difference], redo: list[Path]) -> ConfigError:
@@ -124,31 +158,15 @@ def refuse(run_dir: Path, found: list[Difference], redo: list[Path]) -> ConfigEr
         redo: Directories that would have to be made again.
     """
     where = " ".join(str(path) for path in redo)
-    lines = "".join(f"\n    {line}" for line in dict.fromkeys(str(difference) for difference in found))
+    lines = "".join(f"\n    {line.words}  ({line.stage})" for line in found)
     return ConfigError(
         explain(
             str(run_dir),
             found=f"was made from other inputs{lines}",
             rule="finished work is used again only if all it was made from is the same",
-            remedy="set them back, give another run_dir, or redo the work from there on: "
-            f"rm -r {where}",
+            remedy=f"set them back, give another run_dir, or redo the work from there on: rm -r {where}",
         )
     )
-
-
-def _leaves(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in inputs.items():
-        if key == "config":  # its keys speak for themselves
-            yield from flatten(value, "").items() if not value else _config_leaves(value)
-        elif isinstance(value, Mapping):
-            yield from flatten(value, key).items()
-        else:
-            yield key, value
-
-
-def _config_leaves(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, entry in value.items():
-        yield from flatten(entry, key).items()
 
 
 def _shown(value: Any) -> str:

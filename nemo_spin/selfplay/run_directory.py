@@ -1,18 +1,20 @@
 """Where everything of a run lies. No other file spells these names.
 
-    RUN_DIR/
-      config.yaml            the resolved configuration
-      state.json             iteration, stage, attempts, seconds; for people and `status`
-      run.lock               who is working here
-      data/                  prepare
-      logs/                  of prepare
-      iter_00/
-        opponent             link to the Hugging Face directory of theta_t
-        opponent_evaluation/ iteration 0 only: how theta_0 answers held-out prompts
-        generated/  scored/  train/  model/  evaluation/
-        evaluation.json      the numbers of evaluation/, for other tools
-        metrics.jsonl        one line for each optimizer step
-        logs/                of every stage of the iteration
+```
+RUN_DIR/
+  config.yaml            the resolved configuration
+  state.json             iteration, stage, attempts, seconds; for people and `status`
+  run.lock               who is working here
+  data/                  prepare
+  logs/                  of prepare
+  iter_00/
+    opponent             link to the Hugging Face directory of theta_t
+    opponent_evaluation/ iteration 0 only: how theta_0 answers held-out prompts
+    generated/  scored/  train/  model/  evaluation/
+    evaluation.json      the numbers of evaluation/ (opponent_evaluation.json likewise)
+    metrics.jsonl        one line for each optimizer step
+    logs/                of every stage of the iteration
+```
 """
 
 from __future__ import annotations

@@ -8,231 +8,60 @@ seconds apart.
 from __future__ import annotations
 
 import sys
-import time
-from typing import Any, Protocol, TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console, RenderableType
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.text import Text
+from rich.console import Console
 
-_PLAIN_INTERVAL_S = 5.0
-_PLAIN_WIDTH = 120
+from nemo_spin.selfplay.displays import Display, PlainDisplay, TerminalDisplay
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
-class Screen(Protocol):
-    """Shows stages one after the other. While one runs it is that stage's `Progress` too."""
+class Screen:
+    """Shows stages one after the other. While one runs it is that stage's `Progress` too.
 
-    def begin(self, label: str) -> None:
-        """A stage begins."""
+    Args:
+        stream: Where to write; default: standard output.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        stream = stream or sys.stdout
+        terminal = stream.isatty()
+        self._display: Display = TerminalDisplay(Console(file=stream)) if terminal else PlainDisplay(stream)
+        self._result: str | None = None
+
+    @contextmanager
+    def stage(self, label: str) -> Iterator[None]:
+        """Shows a stage as running inside the block; then the line that `result` was given.
+
+        Args:
+            label: Such as "train of iteration 0".
+        """
+        self._result = None
+        self._display.begin(label)
+        try:
+            yield
+        except BaseException:
+            self._result = None
+            raise
+        finally:
+            self._display.end(self._result)
+
+    def result(self, line: str) -> None:
+        """What the stage that is about to end has to show, in one line."""
+        self._result = line
 
     def update(self, done: int, total: int, unit: str, **values: Any) -> None:
         """See `nemo_spin.data.progress.Progress`."""
+        self._display.update(done, total, unit, **values)
 
     def note(self, text: str) -> None:
         """One line worth a user's attention."""
-
-    def end(self, line: str | None) -> None:
-        """The stage ended; `line` says with what result (None: it failed)."""
+        self._display.note(text)
 
     def show(self, content: RenderableType) -> None:
-        """A table."""
-
-    def close(self) -> None:
-        """Leaves the terminal as it was."""
-
-
-def make_screen(stream: TextIO | None = None) -> Screen:
-    """The screen that suits `stream` (default: standard output)."""
-    stream = stream or sys.stdout
-    if stream.isatty():
-        return TerminalScreen(Console(file=stream, highlight=False))
-    return PlainScreen(stream)
-
-
-class SilentScreen:
-    """Shows nothing."""
-
-    def begin(self, label: str) -> None:
-        """See `Screen`."""
-
-    def update(self, done: int, total: int, unit: str, **values: Any) -> None:
-        """See `Screen`."""
-
-    def note(self, text: str) -> None:
-        """See `Screen`."""
-
-    def end(self, line: str | None) -> None:
-        """See `Screen`."""
-
-    def show(self, content: RenderableType) -> None:
-        """See `Screen`."""
-
-    def close(self) -> None:
-        """See `Screen`."""
-
-
-class Pace:
-    """How fast one thing goes: the rate since it was first seen, and what that leaves."""
-
-    def __init__(self, done: int) -> None:
-        self._first = done
-        self._since = time.monotonic()
-        self.rate = 0.0
-
-    def seen(self, done: int) -> None:
-        """Updates the rate (per second)."""
-        elapsed = time.monotonic() - self._since
-        self.rate = (done - self._first) / elapsed if elapsed > 0 and done > self._first else 0.0
-
-    def describe(self, done: int, total: int, unit: str) -> str:
-        """Such as `12/50 steps, 3.1/s, 0:12 left`."""
-        text = f"{done:,}/{total:,} {unit}"
-        if self.rate:
-            text += f", {_rate(self.rate, unit)}"
-            if done < total:
-                text += f", {duration((total - done) / self.rate)} left"
-        return text
-
-
-def _rate(rate: float, unit: str) -> str:
-    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `3:05` (minutes), `2:03:05` (hours)."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d} min"
-
-
-def _values(values: dict[str, Any]) -> str:
-    return "  ".join(f"{key} {_number(value)}" for key, value in values.items())
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-class TerminalScreen:
-    """Live bars on a terminal.
-
-    Args:
-        console: Where to draw.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._label = ""
-        self._bars: Progress | None = None
-        self._tasks: dict[str, tuple[TaskID, Pace]] = {}
-
-    def begin(self, label: str) -> None:
-        """Draws an empty bar."""
-        self._label = label
-        self._tasks = {}
-        self._bars = Progress(
-            SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[pace]}"),
-            TimeElapsedColumn(),
-            console=self._console,
-            transient=True,
-        )
-        self._bars.start()
-        self._tasks[""] = (self._bars.add_task(escape(label), total=None, pace=""), Pace(0))
-
-    def update(self, done: int, total: int, unit: str, **values: Any) -> None:
-        """Moves the bar of `unit`; a stage may count several things one after the other."""
-        if self._bars is None:
-            return
-        if unit not in self._tasks:
-            for task, _ in self._tasks.values():
-                self._bars.remove_task(task)
-            self._tasks = {unit: (self._bars.add_task(escape(self._label), total=total, pace=""), Pace(done))}
-        task, pace = self._tasks[unit]
-        pace.seen(done)
-        text = "  ".join(filter(None, (pace.describe(done, total, unit), _values(values))))
-        self._bars.update(task, completed=done, total=total, pace=escape(text))
-
-    def note(self, text: str) -> None:
-        """Prints above the bar."""
-        self._console.print(Text(f"  {text}", style="yellow"))
-
-    def end(self, line: str | None) -> None:
-        """Replaces the bar by a line."""
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None
-        if line is not None:
-            self._console.print(Text.assemble(("✓ ", "green"), (f"{self._label}", "bold"), f": {line}"))
-
-    def show(self, content: RenderableType) -> None:
-        """Prints a table."""
-        self._console.print(content)
-
-    def close(self) -> None:
-        """Removes the bar."""
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None
-
-
-class PlainScreen:
-    """Lines for a log file or a pipe.
-
-    Args:
-        stream: Where to write.
-        interval_s: Least seconds between two lines of progress.
-    """
-
-    def __init__(self, stream: TextIO, interval_s: float = _PLAIN_INTERVAL_S) -> None:
-        self._stream = stream
-        self._interval_s = interval_s
-        self._label = ""
-        self._last = 0.0
-        self._unit = ""
-        self._pace = Pace(0)
-
-    def begin(self, label: str) -> None:
-        """Says which stage begins."""
-        self._label, self._unit = label, ""
-        self._last = time.monotonic()
-        self._line(f"{label} …")
-
-    def update(self, done: int, total: int, unit: str, **values: Any) -> None:
-        """Writes a line, if the last one is long enough ago."""
-        if unit != self._unit:
-            self._unit, self._pace = unit, Pace(done)
-        self._pace.seen(done)
-        now = time.monotonic()
-        if now - self._last < self._interval_s:
-            return
-        self._last = now
-        text = "  ".join(filter(None, (self._pace.describe(done, total, unit), _values(values))))
-        self._line(f"{self._label}: {text}")
-
-    def note(self, text: str) -> None:
-        """Writes the line."""
-        self._line(f"  {text}")
-
-    def end(self, line: str | None) -> None:
-        """Writes the result."""
-        if line is not None:
-            self._line(f"{self._label}: {line}")
-
-    def show(self, content: RenderableType) -> None:
-        """Writes a table without colours."""
-        Console(file=self._stream, width=_PLAIN_WIDTH, no_color=True, highlight=False).print(content)
-        self._stream.flush()
-
-    def close(self) -> None:
-        """Nothing to restore."""
-
-    def _line(self, text: str) -> None:
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        """A table or a line, between stages."""
+        self._display.show(content)

@@ -6,6 +6,7 @@ manifest alone, so nothing is lost when this file is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import asdict, dataclass, field
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_spin.data.files import write_json
+from nemo_spin.errors import NemoSpinError
 from nemo_spin.selfplay.lock import Owner
 
-RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
+RUNNING, DONE, FAILED, INTERRUPTED, IDLE = "running", "done", "failed", "interrupted", "idle"
 
 
 @dataclass
@@ -42,7 +44,8 @@ class State:
     """The whole file.
 
     Attributes:
-        status: As of the run: running | done | failed | interrupted.
+        status: Of the run: running | done | failed | interrupted | idle (a command that
+            runs one stage has done so).
         iteration: Iteration of the current (or last) stage; None before the first.
         stage: Name of the current (or last) stage.
         owner: The process that runs (or ran) it.
@@ -50,7 +53,7 @@ class State:
         stages: `StageState` by key, such as `prepare` or `iter_00/train`.
     """
 
-    status: str = RUNNING
+    status: str = IDLE
     iteration: int | None = None
     stage: str | None = None
     owner: Owner | None = None
@@ -109,7 +112,8 @@ class StateFile:
 
     def alive(self) -> None:
         """The current stage still runs; called now and then."""
-        self._write()
+        with contextlib.suppress(NemoSpinError):  # a full disk: the stage itself will say so
+            self._write()
 
     def ended(self, status: str, error: str | None = None) -> None:
         """The current stage ended.
@@ -124,12 +128,21 @@ class StateFile:
         if status != DONE:
             self.state.status = status
             self.state.error = error.splitlines()[0] if error else None
+            with contextlib.suppress(NemoSpinError):  # it must not hide what stopped the stage
+                self._write()
+            return
         self._write()
 
     def finished(self) -> None:
         """Every stage of the run is done."""
         self.state.status = DONE
         self._write()
+
+    def left(self) -> None:
+        """The command has done what it was asked for."""
+        if self.state.status == RUNNING:
+            self.state.status = IDLE
+            self._write()
 
     def _write(self) -> None:
         self.state.updated_at = time.time()

@@ -8,6 +8,7 @@ git does in its index. A run directory that was copied elsewhere is hashed again
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -64,9 +65,15 @@ class Verified:
         self._seen[directory] = manifest
         return manifest
 
-    def forget(self, directory: Path) -> None:
-        """The stage that writes `directory` is about to run."""
-        self._seen.pop(directory, None)
+    def trust(self, directory: Path) -> Manifest | None:
+        """The manifest of a stage that ended just now: its files were hashed as they were written."""
+        manifest = read_manifest(directory)
+        if manifest is not None:
+            for name, entry in manifest.files.items():
+                self._known[str(directory / name)] = [entry["sha256"], _stamp(directory / name) or []]
+            self._save()
+            self._seen[directory] = manifest
+        return manifest
 
     def weights_sha256(self, model_dir: Path, compute: Callable[[Path], str]) -> str:
         """`compute(model_dir)`, unless no file of the directory was touched since the last time."""
@@ -87,10 +94,8 @@ class Verified:
         return digest
 
     def _save(self) -> None:
-        try:
+        with contextlib.suppress(NemoSpinError):  # a full disk: then it is hashed again the next time
             write_json(self._path, self._known)
-        except NemoSpinError:
-            pass  # a full disk: then it is hashed again the next time
 
 
 def _stamp(path: Path) -> Stamp | None:

@@ -1,0 +1,211 @@
+"""The loop: runs the stages that are not done, in order, whatever was killed before.
+
+What is done is decided by the manifests alone. Before anything is started, everything
+that lies in the run directory is compared with what today's configuration would make.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_spin.config.load import read_yaml, to_yaml
+from nemo_spin.config.schema import Config
+from nemo_spin.data.files import Manifest, remove_partials, write_text
+from nemo_spin.errors import ConfigError, NemoSpinError, explain
+from nemo_spin.selfplay import state as states
+from nemo_spin.selfplay.inputs import config_differences
+from nemo_spin.selfplay.launcher import Launcher
+from nemo_spin.selfplay.lock import locked
+from nemo_spin.selfplay.preflight import check_model, find_model
+from nemo_spin.selfplay.run_directory import RunDirectory
+from nemo_spin.selfplay.screen import Screen
+from nemo_spin.selfplay.signals import STOPPED, stop_on_signals
+from nemo_spin.selfplay.stages import Context, Stage, sft_stages, spin_stages, stage_of_command
+from nemo_spin.selfplay.state import StateFile
+from nemo_spin.selfplay.survey import refuse_other_inputs
+from nemo_spin.selfplay.verified import Verified
+
+_SIGN_OF_LIFE_S = 30.0
+
+
+def run(config: Config, *, launcher: Launcher, screen: Screen) -> None:
+    """Runs self-play to its end: all stages of all iterations that are not done.
+
+    Raises:
+        NemoSpinError: What stopped it. The same command goes on from there.
+    """
+    from nemo_spin.selfplay.tables import show_iteration, show_run
+
+    with _open(config, Path(config.run_dir), launcher=launcher, screen=screen) as session:
+        stages = spin_stages(session.context)
+        refuse_other_inputs(stages)
+        session.write_config()
+        for index, stage in enumerate(stages):
+            was_run = session.do(stage)
+            if was_run and _ends_iteration(stages, index):
+                show_iteration(screen, session.context.run, stage.iteration or 0)
+        session.state.finished()
+        show_run(screen, session.context.run)
+
+
+def run_stage(
+    config: Config, stage: str, *, iteration: int | None, launcher: Launcher, screen: Screen
+) -> None:
+    """Runs one stage of one iteration; what it consumes must be done.
+
+    Args:
+        config: The configuration.
+        stage: prepare | generate | score | train | export | evaluate | import-hf.
+        iteration: From 0; None: the first in which the stage is not done.
+        launcher: Starts ranks.
+        screen: Shows what happens.
+
+    Raises:
+        NemoSpinError: What stopped it.
+    """
+    with _open(config, Path(config.run_dir), launcher=launcher, screen=screen) as session:
+        if stage != "import-hf":
+            refuse_other_inputs(spin_stages(session.context))
+        chosen = stage_of_command(session.context, stage, iteration)
+        refuse_other_inputs([chosen])
+        session.write_config()
+        session.do(chosen)
+
+
+def run_sft(config: Config, *, launcher: Launcher, screen: Screen) -> None:
+    """Fine-tunes `model.path` on the real responses, into the run directory `sft.output`.
+
+    Raises:
+        NemoSpinError: What stopped it. The same command goes on from there.
+    """
+    with _open(config, Path(config.sft.output), launcher=launcher, screen=screen) as session:
+        stages = sft_stages(session.context)
+        refuse_other_inputs(stages)
+        session.write_config()
+        for stage in stages:
+            session.do(stage)
+        session.state.finished()
+
+
+def _ends_iteration(stages: Sequence[Stage], index: int) -> bool:
+    following = stages[index + 1].iteration if index + 1 < len(stages) else None
+    return stages[index].iteration is not None and following != stages[index].iteration
+
+
+@contextlib.contextmanager
+def _open(config: Config, path: Path, *, launcher: Launcher, screen: Screen) -> Iterator[Session]:
+    """Checks the model, locks the run directory, and gives what stages need."""
+    theta_0 = find_model(config.model.path)
+    check_model(config, theta_0)
+    run_directory = RunDirectory(path.expanduser().absolute())
+    _make(run_directory.path)
+    with stop_on_signals(), locked(run_directory.lock_path, on_wait=screen.note):
+        remove_partials(run_directory.path)
+        context = Context(
+            config=config,
+            run=run_directory,
+            launcher=launcher,
+            verified=Verified(run_directory.verified_path),
+            theta_0=theta_0,
+        )
+        session = Session(context, screen)
+        yield session
+        session.state.left()
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            explain(
+                f"run_dir={path}",
+                found=f"cannot be made ({error.strerror or error})",
+                rule="a directory that is there or can be made",
+                remedy="choose another place, or mend its permissions",
+            )
+        ) from error
+
+
+class Session:
+    """One command at work on a run directory.
+
+    Args:
+        context: What stages are given.
+        screen: Shows what happens.
+    """
+
+    def __init__(self, context: Context, screen: Screen) -> None:
+        self.context = context
+        self.state = StateFile(context.run.state_path)
+        self._screen = screen
+
+    def write_config(self) -> None:
+        """Makes config.yaml today's configuration, saying what changed since the last start."""
+        path = self.context.run.config_path
+        text = to_yaml(self.context.config)
+        if path.exists():
+            if path.read_text(encoding="utf-8") == text:
+                return
+            with contextlib.suppress(ConfigError):  # it cannot be read: nothing to compare with
+                for line in config_differences(read_yaml(path), self.context.config):
+                    self._screen.note(f"config.yaml: {line}")
+        write_text(path, text)
+
+    def do(self, stage: Stage) -> bool:
+        """Runs a stage unless it is done; returns whether it ran.
+
+        Raises:
+            NemoSpinError: It failed.
+        """
+        refuse_other_inputs([stage])
+        if stage.manifest() is not None:
+            return False
+        inputs = stage.inputs()
+        self.state.started(stage.name, stage.iteration)
+        with self._screen.stage(stage.label):
+            try:
+                manifest = self._run(stage, inputs)
+            except STOPPED as stopped:
+                self.state.ended(states.INTERRUPTED, repr(stopped))
+                raise
+            except Exception as error:
+                known = isinstance(error, NemoSpinError)
+                self.state.ended(states.FAILED, str(error) if known else repr(error))
+                raise
+            self.state.ended(states.DONE)
+            self._screen.result(stage.describe(manifest))
+        return True
+
+    def _run(self, stage: Stage, inputs: dict[str, Any]) -> Manifest:
+        stage.prepare_directory(inputs)
+        stage.run(_SignsOfLife(self._screen, self.state))
+        manifest = self.context.verified.trust(stage.directory)
+        assert manifest is not None, f"{stage.label} ended without a manifest"
+        assert manifest.inputs == inputs, f"{stage.label} wrote other inputs into its manifest"
+        return manifest
+
+
+@dataclass
+class _SignsOfLife:
+    """A stage's progress: on the screen, and now and then in state.json."""
+
+    screen: Screen
+    state: StateFile
+    last: float = 0.0
+
+    def update(self, done: int, total: int, unit: str, **values: Any) -> None:
+        """See `Progress.update`."""
+        self.screen.update(done, total, unit, **values)
+        if time.monotonic() - self.last > _SIGN_OF_LIFE_S:
+            self.last = time.monotonic()
+            self.state.alive()
+
+    def note(self, text: str) -> None:
+        """See `Progress.note`."""
+        self.screen.note(text)

@@ -1,0 +1,83 @@
+"""What can be known to be wrong before anything is started.
+
+A missing directory, a truncated checkpoint or parallel sizes that do not divide the
+model are reported in the first seconds, not after hours of tokenizing or sampling.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from nemo_spin.bridge.checkpoint_files import check_checkpoint
+from nemo_spin.config.schema import Config
+from nemo_spin.config.validate import check_model_fits
+from nemo_spin.errors import CheckpointError, explain
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+
+
+def find_model(path: str) -> Path:
+    """The local directory of `model.path`; a hub id is downloaded into the hub's cache.
+
+    What is in the cache already is used as it is, so that a run goes on from the same
+    weights when the hub has moved on.
+
+    Raises:
+        CheckpointError: There is no such directory, and no such model on the hub.
+    """
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return directory.resolve()
+    if not _HUB_ID.fullmatch(path) or directory.exists():
+        raise CheckpointError(
+            explain(
+                f"model.path={path}",
+                found="is a file" if directory.exists() else "there is no such directory",
+                rule="a Hugging Face model directory, or a hub id (organisation/name)",
+                remedy="check the path; relative ones start at the current directory",
+            )
+        )
+    return _download(path)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_WANTED, local_files_only=True)).resolve()
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_WANTED)).resolve()
+    except Exception as error:  # the hub client raises dozens of types: network, rights, names
+        raise CheckpointError(
+            explain(
+                f"model.path={hub_id}",
+                found=f"could not be downloaded ({str(error).splitlines()[0] if str(error) else error!r})",
+                rule="a local directory, or a hub id that this machine can reach",
+                remedy="check the name, the network and `hf auth login`, or give a directory",
+            )
+        ) from error
+
+
+def check_model(config: Config, model_dir: Path) -> None:
+    """Checks that the model is complete, supported, and can be split as configured.
+
+    Reads configuration files and headers only; values are checked before sampling.
+
+    Raises:
+        CheckpointError: The directory is no complete, supported model.
+        ConfigError: A parallel size does not divide it.
+    """
+    architecture = check_checkpoint(model_dir, finite=False)
+    check_model_fits(
+        config,
+        num_layers=architecture.num_layers,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        vocab_size=architecture.vocab_size,
+    )

@@ -1,0 +1,62 @@
+"""prepare: demonstrations to token ids, once for all iterations."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nemo_spin.data.files import Manifest
+from nemo_spin.data.inputs import prepare_inputs
+from nemo_spin.data.prepare import prepare
+from nemo_spin.data.progress import Progress
+from nemo_spin.selfplay.stages.stage import Stage
+
+
+class PrepareStage(Stage):
+    """Runs in this process (with tokenizing workers of its own)."""
+
+    name = "prepare"
+    key_prefix = "data."
+
+    @property
+    def directory(self) -> Path:
+        """See `Stage`."""
+        return self.context.run.data_dir
+
+    @property
+    def logs(self) -> Path:
+        """See `Stage`."""
+        return self.context.run.logs
+
+    def settings(self) -> dict[str, Any]:
+        """Listed by `data/inputs.py`."""
+        return dict(self._inputs["config"])
+
+    def consumes(self) -> dict[str, Any]:
+        """The demonstrations and the tokenizer, by their contents."""
+        return {key: value for key, value in self._inputs.items() if key != "config"}
+
+    @cached_property  # it hashes the demonstrations
+    def _inputs(self) -> dict[str, Any]:
+        return prepare_inputs(self.context.config.data, self.context.theta_0)
+
+    def run(self, progress: Progress) -> None:
+        """See `Stage`."""
+        prepare(
+            self.context.config.data,
+            tokenizer_dir=self.context.theta_0,
+            out_dir=self.directory,
+            progress=progress,
+        )
+
+    def describe(self, manifest: Manifest) -> str:
+        """See `Stage`."""
+        parts = []
+        for split in ("train", "heldout"):
+            counts = manifest.counts.get(split)
+            if counts:
+                tokens = counts["prompt_tokens"] + counts["real_tokens"]
+                refused = f", {counts['quarantined']:,} refused" if counts["quarantined"] else ""
+                parts.append(f"{counts['rows']:,} {split} rows, {tokens:,} tokens{refused}")
+        return "; ".join(parts)

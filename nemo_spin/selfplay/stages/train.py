@@ -1,0 +1,64 @@
+"""train and sft: optimizer steps on Megatron, in ranks of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_spin.data.files import Manifest
+from nemo_spin.data.progress import Progress
+from nemo_spin.selfplay.stages.opponent import link_opponent, opponent_sha256
+from nemo_spin.selfplay.stages.prepare import PrepareStage
+from nemo_spin.selfplay.stages.score import ScoreStage
+from nemo_spin.selfplay.stages.stage import Stage
+
+_SHOWN = ("steps", "loss", "margin", "accuracy", "heldout_loss", "heldout_margin", "heldout_accuracy")
+
+
+class TrainStage(Stage):
+    """From theta_t to theta_{t+1}; goes on from its newest checkpoint."""
+
+    name = "train"
+
+    @property
+    def directory(self) -> Path:
+        """See `Stage`."""
+        return self.files.train
+
+    def consumes(self) -> dict[str, Any]:
+        """The starting weights and the scored pairs."""
+        return {
+            "opponent": opponent_sha256(self.context, self.iteration),
+            "scored": self.required(ScoreStage(self.context, self.iteration)).sha256(),
+        }
+
+    def leftovers(self) -> list[Path]:
+        """See `Stage`."""
+        return [self.directory, self.files.metrics_path]
+
+    def run(self, progress: Progress) -> None:
+        """See `Stage`."""
+        link_opponent(self.context, self.iteration)
+        self.launch(progress)
+
+    def describe(self, manifest: Manifest) -> str:
+        """See `Stage`."""
+        counts = manifest.counts
+        return ", ".join(
+            f"{counts[name]:,} steps" if name == "steps" else f"{name.replace('_', ' ')} {counts[name]:.4g}"
+            for name in _SHOWN
+            if name in counts
+        )
+
+
+class SftStage(TrainStage):
+    """Plain fine-tuning of theta_0 on the real responses."""
+
+    name = "sft"
+
+    def consumes(self) -> dict[str, Any]:
+        """The starting weights and the demonstrations."""
+        return {
+            "opponent": opponent_sha256(self.context, None),
+            "prepared": self.required(PrepareStage(self.context)).sha256(),
+        }
