@@ -142,7 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "import-hf", stage, "model.path as a Megatron distributed checkpoint")
     checked = _add(commands, "validate-config", validate_config, "print the resolved configuration")
     checked.add_argument(
-        "--for", dest="command_to_check", choices=_CHECKED_FOR, default="run", help="the command to use it with"
+        "--for",
+        dest="command_to_check",
+        choices=_CHECKED_FOR,
+        default="run",
+        help="the command to use it with",
     )
     shown = commands.add_parser("status", help="what is done in a run directory", description=status.__doc__)
     shown.add_argument("run_dir", metavar="RUN_DIR")
@@ -157,8 +161,12 @@ def _add(
     text: str,
 ) -> argparse.ArgumentParser:
     """A command that takes a configuration."""
-    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
-    parser.add_argument("--config", metavar="NAME_OR_PATH", help="a name in conf/ or a YAML file (default: spin)")
+    parser = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", metavar="NAME_OR_PATH", help="a name in conf/ or a YAML file (default: spin)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set configuration keys")
     parser.set_defaults(function=function)
     return parser

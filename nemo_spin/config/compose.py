@@ -103,7 +103,9 @@ def _find(source: str) -> Path:
         f"--config {source}",
         found=found,
         rule=f"the path of a file that ends in .yaml, or one of the names {', '.join(names())}",
-        remedy=f"did you mean `{guess}`?" if guess else "check the path (it is relative to the working directory)",
+        remedy=f"did you mean `{guess}`?"
+        if guess
+        else "check the path (it is relative to the working directory)",
     )
     raise_together([entry])
     raise AssertionError("unreachable: a mistake was raised")
@@ -169,7 +171,9 @@ def _check_group(override: Override, directories: Sequence[Path]) -> list[Mistak
     options = _options(group, directories)
     if not options:
         groups = sorted(
-            str(path.parent.relative_to(directory)) for directory in directories for path in directory.rglob("*/*.yaml")
+            str(path.parent.relative_to(directory))
+            for directory in directories
+            for path in directory.rglob("*/*.yaml")
         )
         guess = nearest(group, groups)
         return [
@@ -251,7 +255,11 @@ def _apply(config: DictConfig, override: Override) -> list[Mistake]:
         found = "there is no such key in the file"
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         found = str(error).splitlines()[0]
-    return [_bad_override(override.input_line or key, found, "check the key; `nemo-spin validate-config` prints all")]
+    return [
+        _bad_override(
+            override.input_line or key, found, "check the key; `nemo-spin validate-config` prints all"
+        )
+    ]
 
 
 def _plain(node: Any) -> Any:
@@ -259,7 +267,7 @@ def _plain(node: Any) -> Any:
     if isinstance(node, DictConfig):
         if node._is_none():
             return None
-        return {key: _plain_child(node, key) for key in node.keys()}
+        return {key: _plain_child(node, key) for key in node}
     if isinstance(node, ListConfig):
         return None if node._is_none() else [_plain_child(node, index) for index in range(len(node))]
     return node
@@ -273,5 +281,6 @@ def _plain_child(node: Container, key: Any) -> Any:
     except InterpolationToMissingValueError:
         return MISSING
     except OmegaConfBaseException as error:
-        raw = node._get_node(key)
-        return Unresolved(str(raw._value() if raw is not None else key), str(error).splitlines()[0])
+        raw = OmegaConf.to_container(node, resolve=False)
+        assert isinstance(raw, (dict, list)), "a container holds the value"
+        return Unresolved(str(raw[key]), str(error).splitlines()[0])

@@ -17,7 +17,7 @@ from nemo_spin.errors import ConfigError, explain
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as they are spelt on one, such as "### Response:\\n"."""
+    """Writes a text of several lines on one line, in double quotes."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
@@ -45,7 +45,9 @@ def load_config(source: str | None, overrides: Sequence[str], *, command: str | 
     mistakes = [*composed.mistakes, *mistakes]
     if mistakes or command is not None:
         mistaken = mistaken_keys(mistakes)
-        mistakes += [entry for entry in find_mistakes(config, command=command) if not touches(entry.keys, mistaken)]
+        mistakes += [
+            entry for entry in find_mistakes(config, command=command) if not touches(entry.keys, mistaken)
+        ]
     raise_together(mistakes)
     return config
 
@@ -63,7 +65,8 @@ def from_mapping(values: Mapping[Any, Any]) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML, keys in the schema's order; `read_yaml` reads it back."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    values = dataclasses.asdict(config)
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))
 
 
 def read_yaml(path: Path) -> Config:

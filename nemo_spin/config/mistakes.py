@@ -48,7 +48,9 @@ def raise_together(mistakes: Sequence[Mistake]) -> None:
     if len(texts) == 1:
         raise ConfigError(texts[0])
     if texts:
-        raise ConfigError(f"{len(texts)} mistakes in the configuration\n" + "\n".join(f"- {text}" for text in texts))
+        raise ConfigError(
+            f"{len(texts)} mistakes in the configuration\n" + "\n".join(f"- {text}" for text in texts)
+        )
 
 
 def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:

@@ -13,7 +13,9 @@ from nemo_spin.config.mistakes import Mistake, mistake
 from nemo_spin.config.schema import Config
 
 _RANKS = ("trainer.devices", "trainer.num_nodes")
-_SIZES = tuple(f"model.{axis}_model_parallel_size" for axis in ("tensor", "pipeline")) + (
+_SIZES = (
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
     "model.context_parallel_size",
 )
 
@@ -42,7 +44,11 @@ def data_parallel_size(config: Config) -> int:
 
 def _parallel_sizes_divide_the_world(config: Config) -> list[Mistake]:
     model, world = config.model, world_size(config)
-    sizes = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
+    sizes = (
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        model.context_parallel_size,
+    )
     if world % math.prod(sizes) == 0:
         return []
     return [

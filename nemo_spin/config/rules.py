@@ -34,7 +34,12 @@ class Range:
         kind = "a whole number" if self.whole else "a number"
         if self.low is not None and self.high is not None:
             return f"{kind} from {self.low:g} to {self.high:g}"
-        bounds = (("of at least", self.low), ("above", self.above), ("of at most", self.high), ("below", self.below))
+        bounds = (
+            ("of at least", self.low),
+            ("above", self.above),
+            ("of at most", self.high),
+            ("below", self.below),
+        )
         return f"{kind} " + " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
 
 

@@ -53,7 +53,9 @@ def leaf_types(section: type = Config, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def build(values: Mapping[Any, Any], *, origins: Mapping[str, str] | None = None) -> tuple[Config, list[Mistake]]:
+def build(
+    values: Mapping[Any, Any], *, origins: Mapping[str, str] | None = None
+) -> tuple[Config, list[Mistake]]:
     """The configuration that `values` describe, and everything that is wrong with them.
 
     Args:
@@ -77,7 +79,9 @@ class _Builder:
         if values is None or values == MISSING:  # an empty section of a YAML file
             return section()
         if not isinstance(values, Mapping):
-            self._wrong(key, values, f"is a section, with the keys {', '.join(fields_of(section))}", _NO_DEFAULT)
+            self._wrong(
+                key, values, f"is a section, with the keys {', '.join(fields_of(section))}", _NO_DEFAULT
+            )
             return section()
         hints = fields_of(section)
         given = {}
@@ -115,7 +119,7 @@ class _Builder:
             mistake(
                 path,
                 found="unknown key" + self._origin(path),
-                rule=f"only the keys of the schema can be set, all of which `nemo-spin validate-config` prints"
+                rule="only the keys of the schema can be set, all of which `nemo-spin validate-config` prints"
                 if guess
                 else f"the keys of {place} are {known}",
                 remedy=f"did you mean `{guess}`?" if guess else "remove it, or use one of these",
@@ -124,7 +128,9 @@ class _Builder:
 
     def _origin(self, key: str) -> str:
         candidates = [line for name, line in self._origins.items() if f"{key}.".startswith(f"{name}.")]
-        candidates = candidates or [line for name, line in self._origins.items() if name.startswith(f"{key}.")]
+        candidates = candidates or [
+            line for name, line in self._origins.items() if name.startswith(f"{key}.")
+        ]
         return f" (from the override {candidates[-1]!r})" if candidates else ""
 
 
@@ -161,7 +167,11 @@ def describe(hint: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    return (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -174,24 +184,18 @@ def _convert(value: Any, hint: Any) -> Any:
         raise _WrongTypeError
     if hint is Any:
         return _spelt(value)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        arms = typing.get_args(hint)
-        if value is None:
-            if type(None) in arms:
-                return None
-            raise _WrongTypeError
-        return _convert(value, next(arm for arm in arms if arm is not type(None)))
-    if value == MISSING:
-        return value
-    if typing.get_origin(hint) is list:
-        if not isinstance(value, (list, tuple)):
-            raise _WrongTypeError
-        return [_convert(entry, typing.get_args(hint)[0]) for entry in value]
-    if typing.get_origin(hint) is dict:
-        if not isinstance(value, Mapping):
-            raise _WrongTypeError
+    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(value, next(arm for arm in arguments if arm is not type(None)))
+    if kind is list and isinstance(value, (list, tuple)):
+        return [_convert(entry, arguments[0]) for entry in value]
+    if kind is dict and isinstance(value, Mapping):
         return {str(key): entry for key, entry in value.items()}
-    return _SCALARS[hint](value)
+    if kind is not None:
+        raise _WrongTypeError
+    return value if value == MISSING else _SCALARS[hint](value)
 
 
 def _whole(value: Any) -> int:

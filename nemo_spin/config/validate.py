@@ -71,9 +71,24 @@ def check_model_fits(
     """
     model = config.model
     splits = [
-        ("model.tensor_model_parallel_size", model.tensor_model_parallel_size, num_attention_heads, "attention heads"),
-        ("model.tensor_model_parallel_size", model.tensor_model_parallel_size, num_query_groups, "key/value heads"),
-        ("model.tensor_model_parallel_size", model.tensor_model_parallel_size, ffn_hidden_size, "MLP columns"),
+        (
+            "model.tensor_model_parallel_size",
+            model.tensor_model_parallel_size,
+            num_attention_heads,
+            "attention heads",
+        ),
+        (
+            "model.tensor_model_parallel_size",
+            model.tensor_model_parallel_size,
+            num_query_groups,
+            "key/value heads",
+        ),
+        (
+            "model.tensor_model_parallel_size",
+            model.tensor_model_parallel_size,
+            ffn_hidden_size,
+            "MLP columns",
+        ),
         ("model.pipeline_model_parallel_size", model.pipeline_model_parallel_size, num_layers, "layers"),
         (
             "generation.tensor_parallel_size",
@@ -162,7 +177,9 @@ def _texts(config: Config) -> Iterator[Mistake]:
     for key in TEXTS:
         value = _value_at(config, key)
         if value is not None and not value.strip():
-            yield mistake(key, found=repr(value), rule="must not be empty", remedy="give a text, or leave the key out")
+            yield mistake(
+                key, found=repr(value), rule="must not be empty", remedy="give a text, or leave the key out"
+            )
 
 
 def _lists(config: Config) -> Iterator[Mistake]:

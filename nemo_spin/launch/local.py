@@ -27,7 +27,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import nemo_spin
 from nemo_spin.errors import DataError, explain
@@ -219,7 +219,9 @@ class LocalJob:
             self._guard.wait()
             _close(self._guard.stdin)
             self._port.close()
-            for failure in self._failures if self._ends and not any(e.code for e in self._ends.values()) else ():
+            for failure in (
+                self._failures if self._ends and not any(e.code for e in self._ends.values()) else ()
+            ):
                 failure.unlink(missing_ok=True)
 
     def _failure_time(self, rank: int) -> float:
@@ -251,7 +253,7 @@ def _reserve_port() -> socket.socket:
     return holder
 
 
-def _read_note(path: Path) -> dict[str, object]:
+def _read_note(path: Path) -> dict[str, Any]:
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

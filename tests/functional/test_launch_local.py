@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,14 +22,16 @@ MakeJob = Callable[..., Job]
 
 
 @pytest.fixture
-def make_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeJob]:
+def make_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeJob:
     """Writes a module and describes the job that runs it in every rank."""
     modules = tmp_path / "modules"
     modules.mkdir()
     monkeypatch.setenv("PYTHONPATH", str(modules), prepend=os.pathsep)
 
     def make(body: str, *arguments: str, ranks: int = 2, timeout_s: float = 60.0) -> Job:
-        preamble = "import os, signal, sys, time\nfrom pathlib import Path\nrank = int(os.environ.get('RANK', -1))\n"
+        preamble = (
+            "import os, signal, sys, time\nfrom pathlib import Path\nrank = int(os.environ.get('RANK', -1))\n"
+        )
         (modules / "stage_body.py").write_text(preamble + textwrap.dedent(body))
         return Job(
             name="train iteration 0",
@@ -42,7 +44,7 @@ def make_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeJo
             timeout_s=timeout_s,
         )
 
-    yield make
+    return make
 
 
 def wait(running: RunningJob, timeout_s: float = 30.0) -> int:
@@ -162,7 +164,9 @@ def test_the_first_failing_rank_is_shown_and_the_others_are_ended(make_job: Make
     assert time.monotonic() - started < 5
     message = running.describe_failure()
     log = job.log_dir / "train-iteration-0.rank_1.log"
-    assert message.startswith("train iteration 0: rank 1 ended with exit code 1 (ValueError: the loss is not finite)")
+    assert message.startswith(
+        "train iteration 0: rank 1 ended with exit code 1 (ValueError: the loss is not finite)"
+    )
     assert "  | ValueError: the loss is not finite\n" in message
     assert message.endswith(f"log: {log}")
     assert not any(is_alive(int((tmp_path / f"{rank}.pid").read_text())) for rank in range(3))
@@ -286,7 +290,9 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("victim", ["parent", "guard and parent"])
-def test_ranks_and_their_children_die_with_a_killed_parent(make_job: MakeJob, tmp_path: Path, victim: str) -> None:
+def test_ranks_and_their_children_die_with_a_killed_parent(
+    make_job: MakeJob, tmp_path: Path, victim: str
+) -> None:
     make_job(
         """
         import subprocess

@@ -120,7 +120,9 @@ def test_all_losses_are_allowed(loss: str) -> None:
 
 
 def test_parallel_sizes_divide_the_ranks() -> None:
-    message = refused("trainer.devices=6", "model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2")
+    message = refused(
+        "trainer.devices=6", "model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"
+    )
     assert "TP x PP x CP = 2 x 2 x 1 = 4 does not divide the 6 ranks" in message
     assert len(message.splitlines()) == 3  # the batch sizes are not judged as well
     config = accepted(
@@ -140,9 +142,18 @@ def test_the_global_batch_is_whole_microbatches_of_every_rank() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["model.sequence_parallel=true"], "model.sequence_parallel: true, with model.tensor_model_parallel_size 1"),
-        (["model.context_parallel_size=2", "trainer.devices=2"], "model.context_parallel_size: 2\n  rule:   must be 1"),
-        (["model.expert_model_parallel_size=2"], "must be 1: the supported model families have no experts yet"),
+        (
+            ["model.sequence_parallel=true"],
+            "model.sequence_parallel: true, with model.tensor_model_parallel_size 1",
+        ),
+        (
+            ["model.context_parallel_size=2", "trainer.devices=2"],
+            "model.context_parallel_size: 2\n  rule:   must be 1",
+        ),
+        (
+            ["model.expert_model_parallel_size=2"],
+            "must be 1: the supported model families have no experts yet",
+        ),
         (["trainer.num_nodes=2"], "the local launcher starts ranks on this machine only"),
         (["model.transformer_impl=transformer_engine", "trainer.accelerator=cpu"], "run on GPUs only"),
         (["model.optim.betas=[0.9]"], "model.optim.betas: [0.9]\n  rule:   two numbers"),
@@ -150,8 +161,14 @@ def test_the_global_batch_is_whole_microbatches_of_every_rank() -> None:
         (["data.prompt_template=Question"], "the text {prompt} stands exactly once"),
         (["data.prompt_template='{prompt} {prompt}'"], "has 2 places {prompt}"),
         (["data.prompt_template='### {prompt}\\n'"], "a backslash and an n where a line break is meant"),
-        (["generation.num_generations=2", "generation.temperature=0"], "every answer to a prompt is the same"),
-        (["generation.num_generations=2", "generation.temperature=[1,0,1]"], "every answer to a prompt is the same"),
+        (
+            ["generation.num_generations=2", "generation.temperature=0"],
+            "every answer to a prompt is the same",
+        ),
+        (
+            ["generation.num_generations=2", "generation.temperature=[1,0,1]"],
+            "every answer to a prompt is the same",
+        ),
         (["generation.stop_token_ids=[1,-2]"], "generation.stop_token_ids: -2 in [1, -2]"),
         (["name=a/b"], "name: 'a/b'"),
         (["name=.."], "name: '..'"),
