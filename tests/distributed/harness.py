@@ -1,11 +1,14 @@
 """Runs a function in several real processes over gloo, on CPU.
 
 Every distributed test uses this and nothing else: the function must live at module
-level (it is pickled by name), gets its arguments and returns rank 0's result.
+level (it is pickled by name), gets its arguments and returns rank 0's result. The
+processes live on from test to test, because importing Megatron takes longer than most
+tests; process groups are made and destroyed each time.
 """
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import queue
@@ -13,7 +16,7 @@ import socket
 import tempfile
 import traceback
 from collections.abc import Callable
-from pathlib import Path
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 _TIMEOUT_S = 300.0
@@ -25,31 +28,81 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _rank_main(
-    function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...], results: Any
-) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    log = Path(tempfile.gettempdir()) / f"nemo_spin-test-{port}-rank{rank}.log"
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+def _rank_main(tasks: Any, results: Any) -> None:
+    """One process: waits for tasks until it is told to end."""
+    descriptor, _ = tempfile.mkstemp(prefix="nemo_spin-test-rank-", suffix=".log")
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     import torch
 
     torch.set_num_threads(1)
-    try:
-        result = function(*args)
-        results.put((rank, True, result if rank == 0 else None))
-    except BaseException as error:
-        results.put((rank, False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
-        raise
-    finally:
-        log.unlink(missing_ok=True)
+    while (task := tasks.get()) is not None:
+        function, rank, world_size, port, args = task
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        try:
+            value = function(*args)
+            _leave_groups()
+            results.put((rank, True, value if rank == 0 else None))
+        except BaseException as error:
+            results.put((rank, False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+def _leave_groups() -> None:
+    from torch import distributed
+
+    if distributed.is_initialized():
+        from nemo_spin.megatron.runtime import finalize
+
+        distributed.barrier()
+        finalize()
+
+
+class _Pool:
+    """Processes that wait for work; a failure ends all of them, the next task starts new ones."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._results = self._context.Queue()
+        self._ranks: list[tuple[SpawnProcess, Any]] = []
+
+    def run(self, function: Callable[..., Any], world_size: int, args: tuple[Any, ...]) -> Any:
+        while len(self._ranks) < world_size:
+            tasks = self._context.Queue()
+            process = self._context.Process(target=_rank_main, args=(tasks, self._results))
+            process.start()
+            self._ranks.append((process, tasks))
+        port = _free_port()
+        for rank in range(world_size):
+            self._ranks[rank][1].put((function, rank, world_size, port, args))
+        value = None
+        for _ in range(world_size):
+            try:
+                rank, succeeded, outcome = self._results.get(timeout=_TIMEOUT_S)
+            except queue.Empty:
+                self.kill()
+                raise AssertionError(f"no rank answered for {_TIMEOUT_S:.0f} s") from None
+            if not succeeded:
+                self.kill()
+                raise AssertionError(f"rank {rank} failed: {outcome}")
+            value = outcome if rank == 0 else value
+        return value
+
+    def kill(self) -> None:
+        for process, _ in self._ranks:
+            process.kill()
+            process.join()
+        self._ranks = []
+        self._results = self._context.Queue()
+
+
+_pool = _Pool()
+atexit.register(_pool.kill)
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> Any:
@@ -60,31 +113,5 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> Any:
     Raises:
         AssertionError: A rank failed; the message is that rank's traceback.
     """
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    port = _free_port()
     os.environ["OMP_NUM_THREADS"] = "1"
-    ranks = [
-        context.Process(target=_rank_main, args=(function, rank, world_size, port, args, results))
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    value = None
-    try:
-        for _ in ranks:
-            try:
-                rank, succeeded, outcome = results.get(timeout=_TIMEOUT_S)
-            except queue.Empty:
-                raise AssertionError(f"no rank answered for {_TIMEOUT_S:.0f} s") from None
-            if not succeeded:
-                raise AssertionError(f"rank {rank} failed: {outcome}")
-            if rank == 0:
-                value = outcome
-        for process in ranks:
-            process.join(timeout=30)
-    finally:
-        for process in ranks:
-            if process.is_alive():
-                process.kill()
-    return value
+    return _pool.run(function, world_size, args)

@@ -1,0 +1,200 @@
+"""Scoring and one step on real gloo ranks, against `transformers` in float64, at every layout."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed import reference
+from tests.distributed.harness import run_ranks
+
+# tensor, pipeline, data parallel, sequence parallel
+LAYOUTS = [
+    (1, 1, 1, False),
+    (2, 1, 1, False),
+    (2, 1, 1, True),
+    (1, 2, 1, False),
+    (1, 1, 2, False),
+    (2, 2, 1, False),
+    (2, 2, 1, True),
+    (2, 1, 2, False),
+    (1, 2, 2, True),
+]
+BETA = 0.7
+NUM_ROWS = 7  # no multiple of any batch size: ghosts fill the last microbatch
+
+
+def _engine(model_dir: Path, layout: tuple[int, int, int, bool], micro_batch_size: int, **model: Any) -> Any:
+    """Runs in every rank: the policy, loaded, wrapped for training, with its optimizer."""
+    from nemo_spin.bridge.families import architecture_of
+    from nemo_spin.bridge.import_hf import load_weights
+    from nemo_spin.config.schema import ModelConfig
+    from nemo_spin.megatron.engine import Engine
+    from nemo_spin.megatron.optimizers import build_optimizer, wrap_for_training
+    from nemo_spin.megatron.provider import build_model
+    from nemo_spin.megatron.runtime import initialize
+
+    tensor, pipeline, _, sequence_parallel = layout
+    runtime = initialize(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, seed=1)
+    config = ModelConfig(
+        path=str(model_dir),
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        sequence_parallel=sequence_parallel and tensor > 1,
+        **model,
+    )
+    config.optim.clip_grad = 0.0
+    architecture = architecture_of(model_dir)
+    chunks = build_model(architecture, config, params_dtype=torch.float32)
+    load_weights(chunks, model_dir, architecture)
+    wrapped = wrap_for_training(chunks, distributed_optimizer=False)
+    optimizer = build_optimizer(
+        wrapped, config.optim, lr=1e-3, params_dtype=torch.float32, distributed=False
+    )
+    return Engine(wrapped, runtime, architecture.vocab_size, micro_batch_size, optimizer), architecture
+
+
+def _score(model_dir: Path, table: pa.Table, layout: tuple[int, int, int, bool]) -> list[list[float]]:
+    from nemo_spin.data.datasets import Rows
+
+    engine, _ = _engine(model_dir, layout, 2)
+    scored = engine.score(Rows(table), range(table.num_rows))
+    return [scored[row] for row in range(table.num_rows)]
+
+
+def _step(
+    model_dir: Path,
+    table_path: Path,
+    out_dir: Path,
+    layout: tuple[int, int, int, bool],
+    micro_batch_size: int,
+    model: dict[str, Any],
+) -> dict[str, float]:
+    """One backward pass; gradients are written as if they were weights."""
+    from nemo_spin.bridge.export_hf import export_weights
+    from nemo_spin.data.datasets import Rows
+    from nemo_spin.data.progress import SilentProgress
+    from nemo_spin.megatron.forward_step import SPIN_SUMS, spin_loss
+    from nemo_spin.objective.losses import LOSSES
+
+    engine, architecture = _engine(model_dir, layout, micro_batch_size, **model)
+    rows = Rows(pq.read_table(table_path))
+    loss = partial(spin_loss, loss=LOSSES["logistic"], beta=BETA)
+    sums = engine.backward(rows, range(rows.num_rows), loss=loss, names=SPIN_SUMS)
+    with torch.no_grad():
+        for chunk in engine.chunks:
+            for parameter in chunk.parameters():
+                parameter.copy_(parameter.main_grad)
+    export_weights(
+        engine.chunks,
+        architecture=architecture,
+        source_dir=model_dir,
+        out_dir=out_dir,
+        dtype=None,
+        progress=SilentProgress(),
+    )
+    engine.backward(rows, range(rows.num_rows), loss=loss, names=SPIN_SUMS)
+    return {"loss": sums["loss"] / sums["units"], "units": sums["units"], "correct": sums["correct"]}
+
+
+def ranks(layout: tuple[int, int, int, bool]) -> int:
+    return layout[0] * layout[1] * layout[2]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference.make_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_are_those_of_transformers_in_float64(llama: Path, layout: tuple[int, int, int, bool]) -> None:
+    table = reference.make_pairs(NUM_ROWS)
+    with torch.no_grad():
+        expected = reference.logps(reference.load(llama), table)
+    scored = torch.tensor(run_ranks(_score, ranks(layout), llama, table, layout), dtype=torch.float64)
+    assert (scored - expected).abs().max() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def step(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A table whose opponent is somewhere else, and the reference's loss and gradients for it."""
+    directory = tmp_path_factory.mktemp("step")
+    table = reference.make_pairs(NUM_ROWS)
+    with torch.no_grad():
+        opponent = reference.logps(reference.load(llama), table)
+    generator = torch.Generator().manual_seed(0)
+    table = reference.with_opponent(table, opponent + torch.randn(opponent.shape, generator=generator))
+    pq.write_table(table, directory / "pairs.parquet")
+    loss, gradients = reference.spin_step(llama, table, BETA)
+    return {"table": directory / "pairs.parquet", "loss": loss, "gradients": gradients}
+
+
+def check_step(
+    step: dict[str, Any],
+    model_dir: Path,
+    out_dir: Path,
+    layout: tuple[int, int, int, bool],
+    micro_batch_size: int,
+    **model: Any,
+) -> None:
+    result = run_ranks(
+        _step, ranks(layout), model_dir, step["table"], out_dir, layout, micro_batch_size, model
+    )
+    assert result["units"] == NUM_ROWS
+    assert result["loss"] == pytest.approx(step["loss"], rel=1e-5)
+    written: dict[str, torch.Tensor] = {}
+    for shard in out_dir.glob("*.safetensors"):
+        written.update(load_file(shard))
+    assert written.keys() == step["gradients"].keys()
+    for name, expected in step["gradients"].items():
+        difference = (written[name].double() - expected).norm() / expected.norm()
+        assert difference < 1e-5, f"{name}: relative difference {difference:.2g}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_and_gradients_do_not_depend_on_the_layout(
+    llama: Path, step: dict[str, Any], tmp_path: Path, layout: tuple[int, int, int, bool]
+) -> None:
+    check_step(step, llama, tmp_path / "gradients", layout, 2)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_loss_and_gradients_do_not_depend_on_the_microbatch(
+    llama: Path, step: dict[str, Any], tmp_path: Path, micro_batch_size: int
+) -> None:
+    check_step(step, llama, tmp_path / "gradients", (1, 1, 1, False), micro_batch_size)
+
+
+def test_recomputation_changes_no_gradient(llama: Path, step: dict[str, Any], tmp_path: Path) -> None:
+    check_step(step, llama, tmp_path / "gradients", (1, 2, 1, False), 2, recompute_granularity="full")
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1, False), (2, 2, 1, True)])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("qwen3", {}), ("llama", {"tie_word_embeddings": True})],
+    ids=["qk-norm", "tied"],
+)
+def test_norms_on_heads_and_tied_embeddings_get_their_whole_gradient(
+    tmp_path: Path, layout: tuple[int, int, int, bool], family: str, settings: dict[str, Any]
+) -> None:
+    model_dir = reference.make_model(tmp_path / "model", family, **settings)
+    table = reference.make_pairs(NUM_ROWS)
+    opponent = torch.full((NUM_ROWS, 2), -20.0, dtype=torch.float64)
+    table = reference.with_opponent(table, opponent)
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    loss, gradients = reference.spin_step(model_dir, table, BETA)
+    check_step(
+        {"table": tmp_path / "pairs.parquet", "loss": loss, "gradients": gradients},
+        model_dir,
+        tmp_path / "gradients",
+        layout,
+        2,
+    )
