@@ -20,7 +20,8 @@ class _Dumper(yaml.SafeDumper):
     """Writes a text of several lines on one line, in double quotes."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+        has_breaks = len(f"{text}.".splitlines()) > 1  # YAML folds some, unless they are escaped
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if has_breaks else None)
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
