@@ -1,0 +1,127 @@
+"""What the sampler's process is asked to do: the contents of `request.json`.
+
+The process reads this file and the prepared rows, and writes shards; nothing else passes
+between it and the command that started it, so any machine that sees the run directory
+can do a part of the work.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_spin.generation.engine import Sampling
+
+REQUEST_NAME = "request.json"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How the model is loaded.
+
+    Attributes:
+        name: Which engine (`generation.engine`).
+        model_dir: Hugging Face directory.
+        dtype: float32 | bfloat16 | float16 | auto (bfloat16 on a GPU, float32 on a CPU).
+        tensor_parallel_size: Devices (on CPU: processes) that share the model.
+        max_model_len: Tokens of the longest prompt and its answer.
+        max_num_seqs: Answers drawn at the same time, at most.
+        kv_cache_bytes: Memory for keys and values on each device; None: the engine's
+            own choice on a GPU, and on a CPU what `capacity.kv_cache_bytes` says.
+        kv_numbers_per_token: Numbers kept for a token on each device.
+        vocab_size: Rows of the embedding.
+    """
+
+    name: str
+    model_dir: str
+    dtype: str
+    tensor_parallel_size: int
+    max_model_len: int
+    max_num_seqs: int
+    kv_cache_bytes: int | None
+    kv_numbers_per_token: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Rows `start` to `start + rows` of a pass's prepared file, and the file of their answers."""
+
+    file: str
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One way to answer one set of prompts; an engine serves several.
+
+    Attributes:
+        name: Begins the names of its shards.
+        prepared: Parquet file with the prepared rows.
+        sampling: How answers are drawn.
+        num_generations: Answers for each row.
+        seed: `seed` of the configuration.
+        iteration: Number of the iteration; a column of the answers.
+        opponent_sha256: Hash of the model; a column of the answers.
+        shards: All of the pass's shards, in order.
+    """
+
+    name: str
+    prepared: str
+    sampling: Sampling
+    num_generations: int
+    seed: int
+    iteration: int
+    opponent_sha256: str
+    shards: tuple[ShardPlan, ...]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """All that one sampler process is asked to do.
+
+    Attributes:
+        engine: How the model is loaded, once for all passes.
+        passes: What is answered. Shards that exist are left as they are.
+        out_dir: Where the shards go.
+        progress_path: The file the command on the user's terminal follows.
+        status_path: The file the watchdog follows (`status.py`).
+        log_path: Where the process's output goes; for messages.
+    """
+
+    engine: EngineSettings
+    passes: tuple[Pass, ...]
+    out_dir: str
+    progress_path: str
+    status_path: str
+    log_path: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they are written."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> GenerationRequest:
+        """The inverse of `to_dict`."""
+        return cls(
+            **{
+                **plain,
+                "engine": EngineSettings(**plain["engine"]),
+                "passes": tuple(_pass(entry) for entry in plain["passes"]),
+            }
+        )
+
+
+def read_request(path: Path) -> GenerationRequest:
+    """The request in `path`, as `stage` wrote it."""
+    return GenerationRequest.from_dict(json.loads(path.read_text(encoding="utf-8"))["request"])
+
+
+def _pass(plain: dict[str, Any]) -> Pass:
+    sampling = {**plain["sampling"], "stop_token_ids": tuple(plain["sampling"]["stop_token_ids"])}
+    shards = tuple(ShardPlan(**entry) for entry in plain["shards"])
+    return Pass(**{**plain, "sampling": Sampling(**sampling), "shards": shards})

@@ -1,0 +1,173 @@
+"""vLLM in the sampler's own process: loads a directory once, answers batches of prompts.
+
+Imported by the worker alone. vLLM changes its host's random state, threads and
+environment, so nothing else lives in that process.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nemo_spin.errors import GenerationError, explain
+from nemo_spin.generation.capacity import kv_cache_bytes, memory_bytes
+from nemo_spin.generation.engine import Answer, Prompt, Sampling
+from nemo_spin.generation.request import EngineSettings
+
+
+def prepare_environment(settings: EngineSettings) -> None:
+    """Sets what vLLM reads from the environment; to be called before it is imported.
+
+    What the user has set stays as it is.
+    """
+    several = settings.tensor_parallel_size > 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    defaults = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if several else "0",  # one device: one process
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads bound to busy cores wait for each other
+        "OMP_NUM_THREADS": str(max(1, cores // settings.tensor_parallel_size)),
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # `stage` has compared lengths with the model's own
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+class VllmOffline:
+    """A model in vLLM; see `engine.Engine`.
+
+    Args:
+        settings: How it is loaded.
+
+    Raises:
+        GenerationError: Its keys and values do not fit into memory.
+        Exception: Whatever vLLM raises.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        prepare_environment(settings)
+        import vllm
+        from vllm.platforms import current_platform
+
+        on_cpu = current_platform.is_cpu()
+        dtype = settings.dtype
+        if dtype == "auto":
+            dtype = "float32" if on_cpu else "bfloat16"
+        cache_bytes = settings.kv_cache_bytes
+        if cache_bytes is None and on_cpu:
+            cache_bytes = kv_cache_bytes(
+                dtype=dtype,
+                kv_numbers_per_token=settings.kv_numbers_per_token,
+                max_model_len=settings.max_model_len,
+                max_num_seqs=settings.max_num_seqs,
+                memory_bytes=memory_bytes(),
+            )
+        self._params = vllm.SamplingParams
+        self._llm = vllm.LLM(
+            model=settings.model_dir,
+            dtype=dtype,
+            skip_tokenizer_init=True,  # token ids in, token ids out
+            trust_remote_code=False,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            kv_cache_memory_bytes=cache_bytes,
+            enforce_eager=on_cpu,
+            enable_prefix_caching=True,  # the answers to one prompt share it
+            generation_config="vllm",  # no sampling settings from the model's directory
+            logprobs_mode="raw_logprobs",
+            disable_log_stats=True,
+            seed=0,
+        )
+
+    def answer(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_done: Callable[[int], None]
+    ) -> list[Answer]:
+        """See `Engine.answer`."""
+        # What is cached decides which tokens are computed together, and so the last bits of
+        # a number: an answer must not depend on what was asked before.
+        if not self._llm.reset_prefix_cache():
+            raise _unexpected("it did not give up its prefix cache")
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": prompt.token_ids} for prompt in prompts],
+            [self._sampling_params(prompt, sampling) for prompt in prompts],
+            use_tqdm=_progress_bar(on_done),
+        )
+        if len(outputs) != len(prompts):
+            raise _unexpected(f"{len(outputs)} answers to {len(prompts)} prompts")
+        return [_answer(output, prompt, sampling) for output, prompt in zip(outputs, prompts, strict=True)]
+
+    def _sampling_params(self, prompt: Prompt, sampling: Sampling) -> Any:
+        return self._params(
+            n=1,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=prompt.max_tokens,
+            seed=prompt.seed,
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,  # the stop ids say all
+            logprobs=0,  # of the drawn token alone
+            detokenize=False,
+            skip_special_tokens=False,
+        )
+
+
+def _progress_bar(on_done: Callable[[int], None]) -> Callable[..., Any]:
+    """A progress bar for vLLM that draws nothing and passes on how many prompts were answered."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, desc: str = "", **kwargs: Any) -> None:
+            self._counts = desc.startswith("Processed")  # not while requests are handed in
+            super().__init__(*args, desc=desc, **{**kwargs, "file": io.StringIO(), "mininterval": 60.0})
+
+        def update(self, n: float | None = 1) -> None:
+            if self._counts and n:
+                on_done(int(n))
+            super().update(n)
+
+    return Bar
+
+
+def _answer(output: Any, prompt: Prompt, sampling: Sampling) -> Answer:
+    """Takes what vLLM returned, and checks all that later stages rely on."""
+    if not output.finished or len(output.outputs) != 1:
+        raise _unexpected("an answer that is not finished")
+    completion = output.outputs[0]
+    token_ids = [int(token) for token in completion.token_ids]
+    stops = [position for position, token in enumerate(token_ids) if token in sampling.stop_token_ids]
+    match completion.finish_reason:
+        case "stop":
+            is_sound = stops == [len(token_ids) - 1]
+        case "length":
+            is_sound = not stops and len(token_ids) == prompt.max_tokens
+        case reason:
+            raise _unexpected(f"an answer that ended by {reason!r}")
+    if not is_sound:
+        raise _unexpected(
+            f"an answer of {len(token_ids)} tokens (at most {prompt.max_tokens}), "
+            f"stop tokens at {stops[:5]}, that ended by {completion.finish_reason!r}"
+        )
+    logprobs = completion.logprobs
+    if logprobs is None or len(logprobs) != len(token_ids):
+        raise _unexpected("an answer without the log-probability of each token")
+    logps = [float(entry[token].logprob) for entry, token in zip(logprobs, token_ids, strict=True)]
+    return Answer(token_ids, logps, str(completion.finish_reason))
+
+
+def _unexpected(found: str) -> GenerationError:
+    return GenerationError(
+        explain(
+            "vLLM",
+            found=f"returned {found}",
+            rule="each prompt gets one answer that ends with its first stop token, or is cut at the limit",
+            remedy="use a version of vLLM this package was tested with (pyproject.toml names it)",
+        )
+    )
