@@ -99,19 +99,31 @@ def _sequence_parallel_needs_tensor_parallel(config: Config) -> list[Mistake]:
 
 
 def _not_supported_yet(config: Config) -> list[Mistake]:
-    reasons = {
-        "context_parallel_size": "the attention over packed pairs is not split over ranks yet",
-        "expert_model_parallel_size": "the supported model families have no experts yet",
-    }
+    others = "use tensor and pipeline parallelism instead"
+    reasons = (
+        (
+            "model.context_parallel_size",
+            config.model.context_parallel_size,
+            "the attention over packed pairs is not split over ranks yet",
+            others,
+        ),
+        (
+            "model.expert_model_parallel_size",
+            config.model.expert_model_parallel_size,
+            "the supported model families have no experts yet",
+            others,
+        ),
+        (
+            "generation.replicas",
+            config.generation.replicas,
+            "one sampler at a time is what is started yet",
+            "generation.tensor_parallel_size uses several devices",
+        ),
+    )
     return [
-        mistake(
-            f"model.{key}",
-            found=getattr(config.model, key),
-            rule=f"must be 1: {reason}",
-            remedy="set it to 1; use tensor and pipeline parallelism instead",
-        )
-        for key, reason in reasons.items()
-        if getattr(config.model, key) != 1
+        mistake(key, found=value, rule=f"must be 1: {reason}", remedy=f"set it to 1; {instead}")
+        for key, value, reason, instead in reasons
+        if value != 1
     ]
 
 
@@ -274,7 +286,10 @@ RELATIONS: tuple[Relation, ...] = (
     Relation((*_SIZES, *_RANKS), _parallel_sizes_divide_the_world),
     Relation((*_SIZES, *_RANKS, "model.micro_batch_size", "model.global_batch_size"), _batches_divide),
     Relation(("model.sequence_parallel", _SIZES[0]), _sequence_parallel_needs_tensor_parallel),
-    Relation(("model.context_parallel_size", "model.expert_model_parallel_size"), _not_supported_yet),
+    Relation(
+        ("model.context_parallel_size", "model.expert_model_parallel_size", "generation.replicas"),
+        _not_supported_yet,
+    ),
     Relation(("launcher.name", "trainer.num_nodes"), _local_launcher_has_one_node),
     Relation(("model.transformer_impl", "trainer.accelerator"), _transformer_engine_needs_a_gpu),
     Relation(("model.optim.betas",), _two_betas),
