@@ -28,7 +28,7 @@ def together(step: Callable[[], T]) -> T:
     error: Exception | None = None
     try:
         result = step()
-    except Exception as caught:  # noqa: BLE001 (whatever it is, the others must hear of it)
+    except Exception as caught:  # whatever it is, the others must hear of it
         error = caught
     if distributed.is_initialized():
         failures: list[Any] = [None] * distributed.get_world_size()

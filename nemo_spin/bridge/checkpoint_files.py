@@ -39,7 +39,11 @@ TOKENIZER_FILES = (
 )
 _INTEGERS = {2: np.int16, 4: np.int32}
 _CHECK_BYTES = 16 << 20  # read at once when values are checked
-_EXPONENTS = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
+_EXPONENTS: dict[str, tuple[type[np.uint16] | type[np.uint32], int]] = {
+    "F32": (np.uint32, 0x7F800000),
+    "BF16": (np.uint16, 0x7F80),
+    "F16": (np.uint16, 0x7C00),
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def _file_in(hf_dir: Path, index_path: Path, name: object) -> Path:
         raise damaged(
             index_path,
             f"names the file {name!r}",
-            "an index names safetensors files beside it and nothing else: get the checkpoint from a source you trust",
+            "an index names safetensors files beside it, nothing else: get the checkpoint where you trust it",
         )
     return hf_dir / str(name)
 
@@ -203,7 +207,7 @@ def _check_finite(checkpoint: Checkpoint) -> None:
         name, start = part
         kind, exponent = _EXPONENTS[checkpoint.tensors[name].dtype]
         values = checkpoint.raw(name)[start : start + _CHECK_BYTES].view(kind)
-        return not values.size or int(np.bitwise_and(values, kind(exponent)).max()) != exponent
+        return not values.size or int(np.bitwise_and(values, np.asarray(exponent, kind)).max()) != exponent
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for (name, _), good in zip(work, pool.map(is_finite, work), strict=True):

@@ -7,6 +7,7 @@ how the model was split nor on the time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,6 +21,8 @@ from nemo_spin.bridge.checkpoint_files import INDEX_NAME, SINGLE_NAME, TOKENIZER
 from nemo_spin.bridge.hf_config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_json
 from nemo_spin.bridge.mappings import Shape
 from nemo_spin.bridge.safetensors_format import DTYPE_OF, ITEM_SIZES, StoredTensor, layout
+from nemo_spin.data.files import read_manifest
+from nemo_spin.errors import NemoSpinError
 from nemo_spin.megatron.architecture import Architecture
 
 CARD_NAME = "README.md"
@@ -125,13 +128,29 @@ def _config_dtype(config: Mapping[str, Any]) -> str | None:
     return DTYPE_OF.get(name)
 
 
+def base_model(source_dir: Path) -> str:
+    """What to call the model that all this began with: as an earlier export says, else by the source.
+
+    A snapshot in the hub's cache has the hub's name, any other directory its own; where it
+    lies on this machine is nobody's business.
+    """
+    with contextlib.suppress(NemoSpinError):
+        manifest = read_manifest(source_dir)
+        if manifest is not None and isinstance(manifest.counts.get("base_model"), str):
+            return str(manifest.counts["base_model"])
+    real = source_dir.resolve()
+    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
+        return real.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return real.name
+
+
 def model_card(
     architecture: Architecture, *, dtype: str, num_parameters: int, extra: Mapping[str, Any]
 ) -> str:
     """A short model card; `extra` is listed as it is, `base_model` in the header too."""
     spelt = next(name for name, stored in DTYPE_OF.items() if stored == dtype)
     lines = ["---"]
-    if extra.get("base_model"):
+    if "base_model" in extra:
         lines.append(f"base_model: {json.dumps(str(extra['base_model']))}")
     lines += [
         "library_name: transformers",

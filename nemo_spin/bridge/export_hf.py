@@ -25,6 +25,7 @@ from nemo_spin.bridge.export_files import (
     CARD_NAME,
     MAX_SHARD_BYTES,
     ExportPlan,
+    base_model,
     copy_companions,
     create_files,
     files_in,
@@ -58,7 +59,6 @@ def export_weights(
     dtype: torch.dtype | None = None,
     progress: Progress,
     extra: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Manifest | None:
     """Writes the model as a Hugging Face directory with a manifest. All ranks must call.
@@ -74,8 +74,9 @@ def export_weights(
         out_dir: The new directory, on a file system that all ranks share.
         dtype: Type to store; None: the source's (its configuration's, else its weights').
         progress: Told how many of this rank's tensors are written.
-        extra: Facts for the model card and the manifest's counts, such as `base_model`.
-        inputs: The manifest's inputs.
+        extra: Facts for the model card and the manifest's counts, such as `iteration`;
+            `base_model` is derived where it is not given, and `inputs` is no fact but becomes
+            the manifest's inputs.
         max_shard_bytes: Data in one file at most, unless a single tensor is larger.
 
     Returns:
@@ -85,7 +86,6 @@ def export_weights(
         CheckpointError: The source cannot be read, or the model does not fit it.
         ExportError: A file could not be written.
     """
-    facts = dict(extra or {})
     source_dir, out_dir = Path(source_dir), Path(out_dir)
     is_first = not distributed.is_initialized() or distributed.get_rank() == 0
 
@@ -98,9 +98,9 @@ def export_weights(
     plan, parameters = together(prepare)
     with contextlib.ExitStack() as stack:  # on rank 0 it holds the unfinished directory
 
-        def begin() -> Path | None:
+        def begin() -> Path:
             if not is_first:
-                return None
+                return out_dir  # told below where to write
             with _storage_errors(out_dir):
                 directory = stack.enter_context(atomic_directory(out_dir))
                 create_files(plan, directory)
@@ -119,8 +119,7 @@ def export_weights(
                     directory,
                     source_dir=source_dir,
                     architecture=architecture,
-                    facts=facts,
-                    inputs=inputs,
+                    extra=extra or {},
                 )
 
         directory = from_first_rank(together(begin))
@@ -145,10 +144,12 @@ def _finish(
     *,
     source_dir: Path,
     architecture: Architecture,
-    facts: Mapping[str, Any],
-    inputs: Mapping[str, Any] | None,
+    extra: Mapping[str, Any],
 ) -> Manifest:
     """Adds what is not weights, and the manifest, last."""
+    facts = {"base_model": base_model(source_dir)}
+    facts |= {key: value for key, value in extra.items() if key != "inputs"}
+    inputs = extra.get("inputs", {})
     copy_companions(source_dir, directory, dtype=plan.dtype)
     data_bytes = sum(place.size for place in plan.places.values())
     num_parameters = data_bytes // ITEM_SIZES[plan.dtype]
@@ -159,7 +160,7 @@ def _finish(
         directory,
         stage="export",
         files=files_in(directory),
-        inputs=inputs or {},
+        inputs=inputs,
         counts={**facts, **counts},
     )
 
@@ -207,7 +208,7 @@ class _Writer:
             self._descriptors[name] = os.open(self._directory / name, os.O_WRONLY)
         row_bytes = target.size // target.shape[0]
         position = target.offset + first_row * row_bytes
-        rest = memoryview(bits).cast("B")
+        rest = memoryview(bits.data).cast("B")
         while rest:
             written = os.pwrite(self._descriptors[name], rest, position)
             rest, position = rest[written:], position + written
@@ -235,9 +236,8 @@ def _write(parameters: list[Placed], plan: ExportPlan, *, directory: Path, progr
         for piece in placed.pieces:
             target = plan.places[piece.tensor]
             for block in row_blocks(piece, ITEM_SIZES[plan.dtype]):
-                values: Tensor | None = view(placed.parameter, block).to(TORCH_DTYPES[plan.dtype])
-                if placed.is_row_parallel:
-                    values = _joined_columns(values)
+                own = view(placed.parameter, block).to(TORCH_DTYPES[plan.dtype])
+                values = _joined_columns(own) if placed.is_row_parallel else own
                 if values is not None and placed.is_writer:
                     bits, first_row = tensor_to_bits(values), block.stored[0][0]
                     writer.attempt(functools.partial(writer.write, target, first_row, bits))
@@ -291,8 +291,8 @@ def _differs(stored: StoredTensor, block: Piece, placed: Placed) -> ExportError:
     return ExportError(
         explain(
             str(stored.file),
-            found=f"tensor {block.tensor}, rows {first} to {last - 1}, is not what parameter {placed.name} holds",
+            found=f"tensor {block.tensor}, rows {first} to {last - 1}, differs from parameter {placed.name}",
             rule="an export read back equals the model bit for bit",
-            remedy="remove the directory and export again; if it happens again, suspect the disk or the memory",
+            remedy="remove the directory and export again; if it happens again, suspect disk or memory",
         )
     )

@@ -115,16 +115,20 @@ class Replicated(Mapping):
     shape: tuple[str, ...]
 
     def stored_shapes(self, architecture: Architecture) -> dict[str, Shape]:
+        """See `Mapping`."""
         return {self.hf: dimensions(architecture, self.shape)}
 
     def local_shape(self, architecture: Architecture, share: Share, vocab_rows: int) -> Shape:
+        """See `Mapping`."""
         return dimensions(architecture, self.shape)
 
     def pieces(self, architecture: Architecture, share: Share, vocab_rows: int) -> Iterator[Piece]:
+        """See `Mapping`."""
         region = whole(dimensions(architecture, self.shape))
         yield Piece(self.hf, region, region)
 
     def is_writer(self, share: Share) -> bool:
+        """See `Mapping`."""
         return share.tp_rank == 0
 
 
@@ -135,12 +139,15 @@ class VocabularyParallel(Mapping):
     hf: str
 
     def stored_shapes(self, architecture: Architecture) -> dict[str, Shape]:
+        """See `Mapping`."""
         return {self.hf: (architecture.vocab_size, architecture.hidden_size)}
 
     def local_shape(self, architecture: Architecture, share: Share, vocab_rows: int) -> Shape:
+        """See `Mapping`."""
         return (vocab_rows, architecture.hidden_size)
 
     def pieces(self, architecture: Architecture, share: Share, vocab_rows: int) -> Iterator[Piece]:
+        """See `Mapping`."""
         start = share.tp_rank * vocab_rows
         stop = min(start + vocab_rows, architecture.vocab_size)
         if start < stop:
@@ -159,14 +166,17 @@ class ColumnParallel(Mapping):
     shape: tuple[str, ...]
 
     def stored_shapes(self, architecture: Architecture) -> dict[str, Shape]:
+        """See `Mapping`."""
         return {name: dimensions(architecture, self.shape) for name in self.hf}
 
     def local_shape(self, architecture: Architecture, share: Share, vocab_rows: int) -> Shape:
+        """See `Mapping`."""
         rows, *rest = dimensions(architecture, self.shape)
         start, stop = _share_of(rows, share, self.shape[0])
         return (len(self.hf) * (stop - start), *rest)
 
     def pieces(self, architecture: Architecture, share: Share, vocab_rows: int) -> Iterator[Piece]:
+        """See `Mapping`."""
         shape = dimensions(architecture, self.shape)
         start, stop = _share_of(shape[0], share, self.shape[0])
         for position, name in enumerate(self.hf):
@@ -182,14 +192,17 @@ class RowParallel(Mapping):
     shape: tuple[str, str]
 
     def stored_shapes(self, architecture: Architecture) -> dict[str, Shape]:
+        """See `Mapping`."""
         return {self.hf: dimensions(architecture, self.shape)}
 
     def local_shape(self, architecture: Architecture, share: Share, vocab_rows: int) -> Shape:
+        """See `Mapping`."""
         rows, columns = dimensions(architecture, self.shape)
         start, stop = _share_of(columns, share, self.shape[1])
         return (rows, stop - start)
 
     def pieces(self, architecture: Architecture, share: Share, vocab_rows: int) -> Iterator[Piece]:
+        """See `Mapping`."""
         rows, columns = dimensions(architecture, self.shape)
         start, stop = _share_of(columns, share, self.shape[1])
         yield Piece(self.hf, ((0, rows), (start, stop)), ((0, rows), (0, stop - start)))
@@ -208,6 +221,7 @@ class QueryKeyValue(Mapping):
     columns: tuple[str, ...] = ()  # none: a bias
 
     def stored_shapes(self, architecture: Architecture) -> dict[str, Shape]:
+        """See `Mapping`."""
         columns = dimensions(architecture, self.columns)
         key_value_size = architecture.num_query_groups * architecture.head_dim
         return {
@@ -217,11 +231,13 @@ class QueryKeyValue(Mapping):
         }
 
     def local_shape(self, architecture: Architecture, share: Share, vocab_rows: int) -> Shape:
+        """See `Mapping`."""
         start, stop = _share_of(architecture.num_query_groups, share, "the model's key/value heads")
         heads = architecture.num_attention_heads // architecture.num_query_groups + 2
         return ((stop - start) * heads * architecture.head_dim, *dimensions(architecture, self.columns))
 
     def pieces(self, architecture: Architecture, share: Share, vocab_rows: int) -> Iterator[Piece]:
+        """See `Mapping`."""
         shapes = self.stored_shapes(architecture)
         head_dim = architecture.head_dim
         query_rows = architecture.num_attention_heads // architecture.num_query_groups * head_dim
