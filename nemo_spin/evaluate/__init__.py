@@ -1,0 +1,1 @@
+"""What a model is worth: its answers to held-out prompts, scored."""

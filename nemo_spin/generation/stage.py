@@ -117,7 +117,7 @@ def finish(
         DataError: A shard is missing or damaged.
     """
     passes = _passes(config, prepared, iteration=iteration, opponent_sha256=opponent_sha256)
-    requests = [_request(config, plan) for plan in passes]
+    requests = [request_of(config, plan) for plan in passes]
     counts = {request.name: count_answers(sound_tables(out_dir, request)) for request in requests}
     files = [shard.file for request in requests for shard in request.shards]
     return write_manifest(out_dir, stage="generate", files=files, inputs=inputs, counts=counts)
@@ -157,7 +157,7 @@ def start(
     status_path = log_path.with_name(f"{log_path.name}.status")
     request = GenerationRequest(
         engine=_engine_settings(config, model_dir, architecture, passes=passes, lengths=lengths),
-        passes=tuple(_request(config, plan) for plan in passes),
+        passes=tuple(request_of(config, plan) for plan in passes),
         out_dir=str(out_dir.absolute()),
         progress_path=str(progress_path.absolute()),
         status_path=str(status_path.absolute()),
@@ -245,7 +245,8 @@ def _passes(config: Config, prepared: Path, *, iteration: int, opponent_sha256: 
     ]
 
 
-def _request(config: Config, plan: PassPlan) -> Pass:
+def request_of(config: Config, plan: PassPlan) -> Pass:
+    """A pass as the sampler gets it: with its shards and the configured seed."""
     rows = PreparedRows(plan.prepared).num_rows
     return Pass(
         name=plan.name,
