@@ -94,7 +94,7 @@ def _find(source: str) -> Path:
         return named
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".yaml":
-        return path.resolve()
+        return path.absolute()
     found = "there is no such file"
     if path.exists():
         found = "is not a file" if not path.is_file() else f"has the ending {path.suffix!r}, not '.yaml'"

@@ -114,6 +114,12 @@ class _Builder:
     def _unknown(self, path: str, name: str, section: type, key: str) -> None:
         place = f"`{key}`" if key else "the top level"
         known = ", ".join(fields_of(section))
+        if path in leaf_types():  # a dotted key in a file: what it means is known, it is not read as that
+            remedy = "write the sections as nested mappings; dotted keys are for the command line"
+            self.mistakes.append(
+                mistake(path, found=f"is one key, {name!r}", rule="keys have no dots", remedy=remedy)
+            )
+            return
         guess = _nearest_key(path, name, section)
         self.mistakes.append(
             mistake(

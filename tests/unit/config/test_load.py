@@ -230,6 +230,20 @@ def test_what_cannot_be_used_is_named_with_rule_and_remedy(override: str, expect
     assert len(message.splitlines()) == 3
 
 
+def test_a_dotted_key_in_a_file_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "dotted.yaml").write_text("spin.beta: 1\nmodel:\n  optim.name: adam\n")
+    message = mistakes(source=str(tmp_path / "dotted.yaml"))
+    assert "- spin.beta: is one key, 'spin.beta'" in message
+    assert "- model.optim.name: is one key, 'optim.name'" in message
+    assert "nested mappings" in message
+
+
+def test_a_resolved_configuration_can_be_started_from(tmp_path: Path) -> None:
+    config = load_config(None, [*GIVEN, "data.prompt_template=Q: {prompt}\n\nA: "])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "config.yaml"), []) == config
+
+
 def test_mistakes_of_all_kinds_come_together() -> None:
     message = mistakes(
         "spin.bta=1",

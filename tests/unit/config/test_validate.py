@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from nemo_spin.config.load import load_config
+from nemo_spin.config.load import from_mapping
 from nemo_spin.config.relations import data_parallel_size, world_size
 from nemo_spin.config.rules import LISTS, NAMES, PER_ITERATION, RANGES, REQUIRED, TEXTS, Range
 from nemo_spin.config.schema import Config
@@ -19,15 +20,22 @@ GIVEN = ("run_dir=runs/x", "model.path=/models/m", "data.train=train.jsonl")
 FREE = {"exp_manager.wandb_logger_kwargs", "data.chat_template_kwargs"}  # any mapping
 
 
+def configured(*overrides: str) -> Config:
+    """The schema's defaults with `overrides`, without Hydra (which `test_load.py` tests)."""
+    values = OmegaConf.to_container(OmegaConf.from_dotlist([*GIVEN, *overrides]))
+    assert isinstance(values, dict)
+    return from_mapping(values)
+
+
 def refused(*overrides: str) -> str:
-    config = load_config(None, [*GIVEN, *overrides])
+    config = configured(*overrides)
     with pytest.raises(ConfigError) as caught:
         validate(config, command="run")
     return str(caught.value)
 
 
 def accepted(*overrides: str) -> Config:
-    config = load_config(None, [*GIVEN, *overrides])
+    config = configured(*overrides)
     validate(config, command="run")
     return config
 
@@ -91,7 +99,7 @@ def test_every_name_is_enforced(key: str) -> None:
 
 @pytest.mark.parametrize("key", sorted(TEXTS))
 def test_no_text_is_empty(key: str) -> None:
-    assert f"{key}: ''\n  rule:   must not be empty" in refused(f"{key}=")
+    assert f"{key}: ''\n  rule:   must not be empty" in refused(f"{key}=''")
 
 
 @pytest.mark.parametrize("key", sorted(PER_ITERATION))
@@ -218,7 +226,7 @@ SIZES = {
 
 
 def unfit(*overrides: str, **sizes: int) -> str:
-    config = load_config(None, [*GIVEN, *overrides])
+    config = configured(*overrides)
     with pytest.raises(ConfigError) as caught:
         check_model_fits(config, **(SIZES | sizes))
     return str(caught.value)
