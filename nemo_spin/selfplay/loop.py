@@ -43,8 +43,7 @@ def run(config: Config, *, launcher: Launcher, screen: Screen) -> None:
 
     with _open(config, Path(config.run_dir), launcher=launcher, screen=screen) as session:
         stages = spin_stages(session.context)
-        refuse_other_inputs(stages)
-        session.write_config()
+        session.begin(stages)
         for index, stage in enumerate(stages):
             was_run = session.do(stage)
             if was_run and _ends_iteration(stages, index):
@@ -72,8 +71,7 @@ def run_stage(
         if stage != "import-hf":
             refuse_other_inputs(spin_stages(session.context))
         chosen = stage_of_command(session.context, stage, iteration)
-        refuse_other_inputs([chosen])
-        session.write_config()
+        session.begin([chosen])
         session.do(chosen)
 
 
@@ -85,8 +83,7 @@ def run_sft(config: Config, *, launcher: Launcher, screen: Screen) -> None:
     """
     with _open(config, Path(config.sft.output), launcher=launcher, screen=screen) as session:
         stages = sft_stages(session.context)
-        refuse_other_inputs(stages)
-        session.write_config()
+        session.begin(stages)
         for stage in stages:
             session.do(stage)
         session.state.finished()
@@ -145,7 +142,19 @@ class Session:
         self.state = StateFile(context.run.state_path)
         self._screen = screen
 
-    def write_config(self) -> None:
+    def begin(self, stages: Sequence[Stage]) -> None:
+        """Checks whatever can be checked now, then makes the configuration the run's.
+
+        Raises:
+            NemoSpinError: Something cannot go well; nothing was changed.
+        """
+        refuse_other_inputs(stages)
+        for stage in stages:
+            if stage.manifest() is None:
+                stage.check()
+        self._write_config()
+
+    def _write_config(self) -> None:
         """Makes config.yaml today's configuration, saying what changed since the last start."""
         path = self.context.run.config_path
         text = to_yaml(self.context.config)
@@ -164,7 +173,9 @@ class Session:
             NemoSpinError: It failed.
         """
         refuse_other_inputs([stage])
-        if stage.manifest() is not None:
+        done = stage.manifest()
+        if done is not None:
+            stage.publish(done)
             return False
         inputs = stage.inputs()
         self.state.started(stage.name, stage.iteration)
@@ -178,6 +189,7 @@ class Session:
                 known = isinstance(error, NemoSpinError)
                 self.state.ended(states.FAILED, str(error) if known else repr(error))
                 raise
+            stage.publish(manifest)
             self.state.ended(states.DONE)
             self._screen.result(stage.describe(manifest))
         return True

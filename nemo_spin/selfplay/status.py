@@ -74,8 +74,8 @@ def _running_headline(run: RunDirectory, state: State, where: str) -> str:
 def _progress(run: RunDirectory, state: State) -> str:
     """How far the current stage is, by the end of its progress file."""
     logs = run.logs if state.iteration is None else run.iteration(state.iteration).logs
-    for candidate in (logs, run.iteration(0).logs):
-        path = candidate / f"{state.stage}.progress.jsonl"
+    name = f"{state.stage}.progress.jsonl"
+    for path in (logs / name, run.iteration(0).logs / f"{state.stage}-theta_0.progress.jsonl"):
         try:
             with path.open("rb") as stream:
                 size = stream.seek(0, 2)

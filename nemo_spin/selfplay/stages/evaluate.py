@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.data.files import Manifest, sha256_file
+from nemo_spin.data.files import Manifest, write_json
 from nemo_spin.data.progress import Progress
+from nemo_spin.evaluate import heldout
+from nemo_spin.evaluate.scorer import load_scorer, scorer_sha256
+from nemo_spin.generation.environment import find_python
 from nemo_spin.selfplay.inputs import config_inputs
+from nemo_spin.selfplay.results import read_evaluation
 from nemo_spin.selfplay.run_directory import IterationDirectory
 from nemo_spin.selfplay.stages.export import ExportStage
 from nemo_spin.selfplay.stages.opponent import weights_of
@@ -37,6 +41,12 @@ class EvaluateStage(Stage):
         return self.files.opponent_evaluation if self.iteration is None else self.files.evaluation
 
     @property
+    def progress_path(self) -> Path:
+        """Of its own for theta_0, which shares the logs of iteration 0."""
+        of_theta_0 = self.logs / f"{self.name}-theta_0.progress.jsonl"
+        return of_theta_0 if self.iteration is None else super().progress_path
+
+    @property
     def numbers_path(self) -> Path:
         """The numbers, beside `directory`."""
         if self.iteration is None:
@@ -52,16 +62,21 @@ class EvaluateStage(Stage):
         """See `Stage`; sampling settings are those of the iteration (theta_0: of the first)."""
         return config_inputs(self.context.config, self.name, self.iteration)
 
+    def check(self) -> None:
+        """There must be an interpreter for the sampler, and the scorer must be importable."""
+        config = self.context.config
+        find_python(config.generation.python)
+        if config.evaluation.scorer is not None:
+            load_scorer(config.evaluation.scorer)
+
     def consumes(self) -> dict[str, Any]:
-        """The model, the prompts, and the scorer if it is a file."""
+        """The model, the prompts and the scorer."""
         if self.iteration is not None:
             self.required(ExportStage(self.context, self.iteration))
-        scorer = self.context.config.evaluation.scorer
-        source = Path(scorer.rpartition(":")[0]).expanduser() if scorer else None
         return {
             "model": weights_of(self.context, self.model_dir),
             "prepared": self.required(PrepareStage(self.context)).sha256(),
-            "scorer": sha256_file(source) if source and source.is_file() else None,
+            "scorer": scorer_sha256(self.context.config.evaluation.scorer),
         }
 
     def leftovers(self) -> list[Path]:
@@ -70,8 +85,32 @@ class EvaluateStage(Stage):
 
     def run(self, progress: Progress) -> None:
         """See `Stage`."""
-        raise NotImplementedError
+        common: dict[str, Any] = {
+            "model_dir": self.model_dir,
+            "prepared": self.context.run.data_dir,
+            "out_dir": self.directory,
+            "iteration": self.iteration or 0,
+            "model_sha256": weights_of(self.context, self.model_dir),
+            "inputs": self.inputs(),
+        }
+        log_path = self.progress_path.with_name(self.progress_path.name.replace(".progress.jsonl", ".log"))
+        job = heldout.start(
+            self.context.config, progress_path=self.progress_path, log_path=log_path, **common
+        )
+        self.follow(job, progress)
+        heldout.finish(self.context.config, **common)
+
+    def publish(self, manifest: Manifest) -> None:
+        """The numbers lie beside the directory, under the name that other tools look for."""
+        if read_evaluation(self.numbers_path) != manifest.counts:
+            write_json(self.numbers_path, manifest.counts)
 
     def describe(self, manifest: Manifest) -> str:
         """See `Stage`."""
-        return str(manifest.counts)
+        parts = []
+        for way, counts in manifest.counts.items():
+            score = "" if counts.get("score") is None else f"score {counts['score']:.3f}, "
+            parts.append(
+                f"{way}: {score}{counts['mean_length']:.1f} tokens on average, {counts['cut_share']:.1%} cut"
+            )
+        return "; ".join(parts)

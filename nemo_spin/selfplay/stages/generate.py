@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_spin.data.files import Manifest
 from nemo_spin.data.progress import Progress
-from nemo_spin.selfplay.stages.opponent import opponent_sha256
+from nemo_spin.generation.environment import find_python
+from nemo_spin.generation.stage import finish, generate
+from nemo_spin.selfplay.stages.opponent import link_opponent, opponent_dir, opponent_sha256
 from nemo_spin.selfplay.stages.prepare import PrepareStage
 from nemo_spin.selfplay.stages.stage import Stage
 
@@ -22,9 +25,13 @@ class GenerateStage(Stage):
         """See `Stage`."""
         return self.files.generated
 
+    def check(self) -> None:
+        """There must be an interpreter for the sampler."""
+        find_python(self.context.config.generation.python)
+
     def consumes(self) -> dict[str, Any]:
         """The opponent and the prompts."""
-        from nemo_spin.selfplay.stages.export import ExportStage
+        from nemo_spin.selfplay.stages.export import ExportStage  # which follows from this stage
 
         if self.iteration:
             self.required(ExportStage(self.context, self.iteration - 1))
@@ -35,8 +42,38 @@ class GenerateStage(Stage):
 
     def run(self, progress: Progress) -> None:
         """See `Stage`."""
-        raise NotImplementedError
+        assert self.iteration is not None, "generate belongs to an iteration"
+        link_opponent(self.context, self.iteration)
+        common: dict[str, Any] = {
+            "prepared": self.context.run.data_dir,
+            "out_dir": self.directory,
+            "iteration": self.iteration,
+            "opponent_sha256": opponent_sha256(self.context, self.iteration),
+            "inputs": self.inputs(),
+        }
+        job = generate(
+            self.context.config,
+            model_dir=opponent_dir(self.context, self.iteration),
+            progress_path=self.progress_path,
+            log_path=self.logs / f"{self.name}.log",
+            **common,
+        )
+        self.follow(job, progress)
+        finish(self.context.config, **common)
 
     def describe(self, manifest: Manifest) -> str:
         """See `Stage`."""
-        return str(manifest.counts)
+        return "; ".join(
+            f"{split}: {describe_answers(manifest.counts[split])}"
+            for split in ("train", "heldout")
+            if split in manifest.counts
+        )
+
+
+def describe_answers(counts: Mapping[str, Any]) -> str:
+    """Answers in a few words, by the counts of `generation.counts`."""
+    return (
+        f"{counts['rows']:,} answers, {counts['mean_length']:.1f} tokens on average "
+        f"(real: {counts['real_mean_length']:.1f}), {counts['cut_share']:.1%} cut, "
+        f"{counts['equal_share']:.1%} as demonstrated"
+    )

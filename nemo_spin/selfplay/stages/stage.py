@@ -15,7 +15,7 @@ from nemo_spin.data.progress import Progress
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.selfplay.following import follow
 from nemo_spin.selfplay.inputs import config_inputs, plain
-from nemo_spin.selfplay.launcher import Job, Launcher
+from nemo_spin.selfplay.launcher import Job, Launcher, RunningJob
 from nemo_spin.selfplay.run_directory import IterationDirectory, RunDirectory
 from nemo_spin.selfplay.verified import Verified
 
@@ -134,13 +134,23 @@ class Stage(abc.ABC):
         if not self.inputs_path.exists():
             write_json(self.inputs_path, inputs)
 
-    def launch(self, progress: Progress, *, stage: str | None = None) -> None:
+    def check(self) -> None:  # noqa: B027  (most stages have nothing to look for)
+        """Looks for what can be known to be wrong long before the stage's turn.
+
+        Raises:
+            NemoSpinError: Something is.
+        """
+
+    def publish(self, manifest: Manifest) -> None:  # noqa: B027  (most have nothing outside)
+        """Sees to it that what lies outside of `directory` is there too, once the stage is done."""
+
+    def launch(self, progress: Progress) -> None:
         """Runs `selfplay.worker` on this stage in all ranks, to its end.
 
         Raises:
             NemoSpinError: What the ranks reported, or that they failed.
         """
-        arguments = [stage or self.name, "--run-dir", str(self.context.run.path)]
+        arguments = [self.name, "--run-dir", str(self.context.run.path)]
         if self.iteration is not None:
             arguments += ["--iteration", str(self.iteration)]
         arguments += ["--inputs", str(self.inputs_path)]
@@ -156,12 +166,20 @@ class Stage(abc.ABC):
             omp_num_threads=config.launcher.omp_num_threads or max(1, num_cores() // config.trainer.devices),
             timeout_s=config.launcher.timeout_s,
         )
+        self.follow(self.context.launcher.start(job), progress)
+
+    def follow(self, job: RunningJob, progress: Progress) -> None:
+        """Waits for the stage's processes.
+
+        Raises:
+            NemoSpinError: They failed.
+        """
         follow(
-            self.context.launcher.start(job),
+            job,
             name=self.label,
             progress_path=self.progress_path,
             progress=progress,
-            timeout_s=config.launcher.timeout_s,
+            timeout_s=self.context.config.launcher.timeout_s,
         )
 
     def required(self, stage: Stage) -> Manifest:

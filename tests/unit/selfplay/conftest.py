@@ -18,7 +18,7 @@ import pytest
 
 from nemo_spin.config.load import from_mapping
 from nemo_spin.config.schema import Config
-from nemo_spin.data.files import sha256_text, write_json, write_manifest
+from nemo_spin.data.files import sha256_text, write_manifest
 from nemo_spin.data.progress import Progress, ProgressFile
 from nemo_spin.errors import NemoSpinError
 from nemo_spin.selfplay import loop
@@ -29,6 +29,12 @@ from nemo_spin.selfplay.stages.evaluate import EvaluateStage
 from nemo_spin.selfplay.stages.generate import GenerateStage
 from nemo_spin.selfplay.stages.stage import Stage
 from tests.functional.conftest import TinyData, tiny_data, tiny_model  # noqa: F401  (fixtures)
+
+_ANSWERS = {"rows": 9, "mean_length": 3.0, "real_mean_length": 4.0, "cut_share": 0.25, "equal_share": 0.5}
+COUNTS: dict[str, dict[str, Any]] = {
+    "generate": {"train": _ANSWERS, "heldout": _ANSWERS},
+    "evaluate": {"sampled": {"score": 0.5, **_ANSWERS}, "greedy": {"score": 0.75, **_ANSWERS}},
+}
 
 
 @dataclass
@@ -100,7 +106,7 @@ class StandIns:
             )
         (directory / "result").write_text(text)
         files = sorted(path.name for path in directory.iterdir() if path.name not in ("half", "inputs.json"))
-        counts = {"steps": 3, "loss": 0.5, "heldout_loss": 0.25, "policy_real_logps": -12.5}
+        counts = COUNTS.get(stage, {"steps": 3, "loss": 0.5, "heldout_loss": 0.25})
         progress.update(1, 1, "step", loss=0.5)
         write_manifest(directory, stage=stage, files=files, inputs=inputs, counts=counts)
 
@@ -114,14 +120,10 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> StandIns:
         stand_ins.started.append(stage.label)
         stand_ins.work(stage.label, stage.directory, stage.inputs(), progress, stage.context.theta_0)
 
-    def evaluate(stage: EvaluateStage, progress: Progress) -> None:
-        sample(stage, progress)
-        write_json(stage.numbers_path, {"sampled": {"score": 0.5, "mean_length": 3.0}})
-
     monkeypatch.setattr(GenerateStage, "run", sample)
-    monkeypatch.setattr(GenerateStage, "describe", lambda stage, manifest: "generated")
-    monkeypatch.setattr(EvaluateStage, "run", evaluate)
-    monkeypatch.setattr(EvaluateStage, "describe", lambda stage, manifest: "evaluated")
+    monkeypatch.setattr(EvaluateStage, "run", sample)
+    for stage_class in (GenerateStage, EvaluateStage):
+        monkeypatch.setattr(stage_class, "check", lambda stage: None)
     return stand_ins
 
 

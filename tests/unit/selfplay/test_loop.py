@@ -190,7 +190,7 @@ class TestChangedConfiguration:
         with pytest.raises(KeyboardInterrupt):
             run(make_config())
         stand_ins.fail_in = None
-        with pytest.raises(ConfigError, match="spin.epochs: was 2, is 3"):
+        with pytest.raises(ConfigError, match=r"spin\.epochs: was 2, is 3"):
             run(make_config(spin={"epochs": 3}))
         assert (directory.iteration(0).train / "half").exists()
         run(make_config())
@@ -338,7 +338,7 @@ class TestFineTuning:
 
     def test_other_settings_are_refused(self, make_config: MakeConfig, stand_ins: StandIns) -> None:
         loop.run_sft(make_config(), launcher=stand_ins, screen=Screen(StringIO()))
-        with pytest.raises(ConfigError, match="sft.lr: was"):
+        with pytest.raises(ConfigError, match=r"sft\.lr: was"):
             loop.run_sft(make_config(sft={"lr": 3e-3}), launcher=stand_ins, screen=Screen(StringIO()))
 
 
@@ -355,7 +355,7 @@ class TestBeforeAnythingStarts:
         shutil.copytree(tiny_model, model)
         weights = model / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1000])
-        with pytest.raises(CheckpointError, match="model.safetensors"):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
             run(make_config(model={"path": str(model)}))
         assert stand_ins.started == []
         assert not (tmp_path / "run").exists()
