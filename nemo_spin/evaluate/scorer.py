@@ -95,7 +95,8 @@ def _load_file(name: str, path: Path) -> ModuleType:
     absolute = _existing(name, path)
     module_name = f"nemo_spin_scorer_{sha256_text(str(absolute))[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, absolute)
-    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    assert spec is not None, "a .py file has a loader"
+    assert spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses and pickles look there
     try:

@@ -88,6 +88,11 @@ class WorkerProcess:
         self._step = self._status.step
         self._step_began = time.monotonic()
 
+    @property
+    def pid(self) -> int:
+        """Of the process, and of its group."""
+        return self._process.pid
+
     def poll(self) -> int | None:
         """None while it runs, 0 when all is done. It does not wait.
 
