@@ -58,7 +58,6 @@ def prepare(
     template = load_template(config, tokenizer_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     remove_partials(out_dir)
-    (out_dir / MANIFEST_NAME).unlink(missing_ok=True)
     counts = {split: SplitCounts() for split in sources}
     with contextlib.ExitStack() as stack:
         paths = {split: stack.enter_context(atomic_path(out_dir / f"{split}.parquet")) for split in sources}
@@ -78,6 +77,8 @@ def prepare(
                         counts=counts[split],
                         progress=progress,
                     )
+            # Until here all that an earlier call left is unharmed.
+            (out_dir / MANIFEST_NAME).unlink(missing_ok=True)
         for split, count in counts.items():
             _report(split, count, progress)
             _check_share(split, count, config=config, quarantine_path=out_dir / QUARANTINE_NAME)
@@ -290,7 +291,7 @@ def _check_share(split: str, counts: SplitCounts, *, config: DataConfig, quarant
         explain(
             f"data.{split}={spec}",
             found=f"{refused} of {counts.all_rows} rows ({share:.1%}) were refused; most often: {reasons}",
-            rule=f"at most data.max_quarantined_share={config.max_quarantined_share} of the rows, and never all",
+            rule=f"at most data.max_quarantined_share={config.max_quarantined_share} of the rows, never all",
             remedy=f"look at {quarantine_path} (every refused row and its reason), mend the data or "
             "the settings, or allow a larger share",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def load_tokenizer(model_dir: Path) -> Any:
     Raises:
         ConfigError: There is none, or it cannot be read.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -29,10 +31,11 @@ def load_tokenizer(model_dir: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever a broken tokenizer file makes transformers raise
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ConfigError(
             explain(
                 f"model.path={model_dir}",
-                found=f"its tokenizer cannot be read ({(str(error).strip().splitlines() or [type(error).__name__])[0][:200]})",
+                found=f"its tokenizer cannot be read ({said})",
                 rule="a Hugging Face directory with a tokenizer that needs no code of its own",
                 remedy="copy the tokenizer files of the model again (tokenizer.json, tokenizer_config.json)",
             )

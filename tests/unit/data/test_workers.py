@@ -86,6 +86,7 @@ def test_processes_end_with_a_killed_parent(tokenizer_dir: Path, tmp_path: Path)
         [sys.executable, str(script), str(tokenizer_dir)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, "PYTHONPATH": str(root)},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ ZEPHYR = (
     "{% if loop.last and add_generation_prompt %}<|assistant|>{% endif %}{% endfor %}"
 )
 LLAMA2 = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system messages') }}"
+    "{% endif %}"
     "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
@@ -69,7 +71,7 @@ SPECIAL = [
 ]
 
 
-def byte_level(*, add_bos: bool = False, vocab_size: int = 480) -> Tokenizer:
+def byte_level(*, add_bos: bool = False, vocab_size: int = 480, corpus: Sequence[str] = CORPUS) -> Tokenizer:
     """A small byte-level BPE, as GPT-2, Llama 3 and Qwen have."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,7 +82,7 @@ def byte_level(*, add_bos: bool = False, vocab_size: int = 480) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     if add_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return tokenizer
