@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import distributed
+from torch.distributed.checkpoint.api import CheckpointException  # no Exception: a BaseException
 
 from megatron.core import dist_checkpointing
 from nemo_spin.data.files import sync_directory, sync_file
@@ -108,14 +109,19 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
             getattr(chunk, "module", chunk).load_state_dict(loaded[key])
         if engine.optimizer is not None:
             engine.optimizer.load_state_dict(loaded["optimizer"])
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(
             explain(
                 str(path),
-                found=f"cannot be loaded ({type(error).__name__}: {error})",
+                found=f"cannot be loaded ({type(error).__name__}: {_last_line(error)})",
                 rule="a resume checkpoint belongs to the same model and is complete",
                 remedy=f"remove {path}; the run goes on from the checkpoint before it",
             )
         ) from error
     common: dict[str, Any] = loaded["common"]
     return common
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[-1] if lines else ""

@@ -1,0 +1,106 @@
+"""Checkpoints go on where they were, at another layout too; one cut short is never used."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from tests.distributed import reference
+from tests.distributed.harness import run_ranks
+from tests.distributed.megatron.test_engine import _engine
+
+Layout = tuple[int, int, int, bool]
+
+
+def _steps(engine: Any, table: pa.Table, first: int, last: int) -> list[float]:
+    from nemo_spin.data.datasets import Rows
+    from nemo_spin.megatron.forward_step import SPIN_SUMS, spin_loss
+    from nemo_spin.objective.losses import LOSSES
+
+    rows, losses = Rows(table), []
+    for step in range(first, last):
+        indices = [(step * 3 + i) % table.num_rows for i in range(4)]
+        loss = partial(spin_loss, loss=LOSSES["logistic"], beta=1.0)
+        losses.append(engine.backward(rows, indices, loss=loss, names=SPIN_SUMS)["loss"])
+        engine.update(1e-3)
+    return losses
+
+
+def _save_half_way(
+    model_dir: Path, directory: Path, table: pa.Table, layout: Layout, optim: str
+) -> list[float]:
+    from nemo_spin.config.schema import OptimConfig
+    from nemo_spin.megatron.checkpoint import save_checkpoint
+
+    engine, _ = _engine(model_dir, layout, 2, optim=OptimConfig(name=optim))
+    losses = _steps(engine, table, 0, 4)
+    save_checkpoint(engine, directory, step=4, common={"answer": 42, "nested": [1, "a"]}, keep=2)
+    return losses + _steps(engine, table, 4, 8)
+
+
+def _go_on(model_dir: Path, directory: Path, table: pa.Table, layout: Layout, optim: str) -> list[float]:
+    from nemo_spin.config.schema import OptimConfig
+    from nemo_spin.megatron.checkpoint import latest_checkpoint, load_checkpoint
+
+    engine, _ = _engine(model_dir, layout, 2, optim=OptimConfig(name=optim))
+    path = latest_checkpoint(directory)
+    assert path is not None
+    assert load_checkpoint(engine, path) == {"answer": 42, "nested": [1, "a"]}
+    return _steps(engine, table, 4, 8)
+
+
+@pytest.mark.parametrize("optim", ["rmsprop", "adam"])
+def test_a_checkpoint_continues_at_any_other_layout(tmp_path: Path, optim: str) -> None:
+    model_dir = reference.make_model(tmp_path / "model")
+    table = reference.with_opponent(reference.make_pairs(9), torch.full((9, 2), -25.0))
+    uninterrupted = run_ranks(
+        _save_half_way, 4, model_dir, tmp_path / "checkpoints", table, (2, 2, 1, False), optim
+    )
+    assert len(set(uninterrupted)) == 8
+    for layout in [(1, 1, 1, False), (2, 1, 2, True), (1, 2, 2, False)]:
+        ranks = layout[0] * layout[1] * layout[2]
+        losses = run_ranks(_go_on, ranks, model_dir, tmp_path / "checkpoints", table, layout, optim)
+        assert losses == pytest.approx(uninterrupted[4:], rel=1e-5), layout
+
+
+def _save_many(model_dir: Path, directory: Path) -> list[str]:
+    from nemo_spin.megatron.checkpoint import list_checkpoints, save_checkpoint
+
+    engine, _ = _engine(model_dir, (1, 1, 1, False), 2)
+    _steps(engine, reference.with_opponent(reference.make_pairs(4), torch.zeros(4, 2)), 0, 1)
+    for step in (5, 10, 15):
+        save_checkpoint(engine, directory, step=step, common={}, keep=2)
+    return [path.name for path in list_checkpoints(directory)]
+
+
+def test_only_the_newest_are_kept_and_an_unfinished_one_is_not_seen(tmp_path: Path) -> None:
+    model_dir = reference.make_model(tmp_path / "model")
+    directory = tmp_path / "checkpoints"
+    (directory / "step-00000020.partial").mkdir(parents=True)  # as a kill in the middle of saving leaves it
+    assert run_ranks(_save_many, 1, model_dir, directory) == ["step-00000010", "step-00000015"]
+
+
+def _load_damaged(model_dir: Path, path: Path) -> str:
+    from nemo_spin.errors import CheckpointError
+    from nemo_spin.megatron.checkpoint import load_checkpoint
+
+    engine, _ = _engine(model_dir, (1, 1, 1, False), 2)
+    try:
+        load_checkpoint(engine, path)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    model_dir = reference.make_model(tmp_path / "model")
+    run_ranks(_save_many, 1, model_dir, tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / "step-00000015"
+    (path / ".metadata").write_bytes(b"cut")
+    message = run_ranks(_load_damaged, 1, model_dir, path)
+    assert str(path) in message and "remedy" in message
