@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
         raise _unusable(path, reason) from error
     if not isinstance(value, dict):
@@ -103,12 +103,10 @@ def read_architecture(hf_dir: Path, config: Mapping[str, Any], family: Family) -
         norm_epsilon=_number(values, "rms_norm_eps", 1e-6),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+        tie_word_embeddings=_flag(values, "tie_word_embeddings"),
         rope=_rope(values, max_positions),
         sliding_window=_sliding_window(values, num_layers, max_positions),
-        bos_token_id=_token_ids(values.get("bos_token_id"))[0]
-        if values.get("bos_token_id") is not None
-        else None,
+        bos_token_id=next(iter(_token_ids(values.get("bos_token_id"))), None),
         eos_token_ids=_eos_token_ids(hf_dir, values),
         torch_dtype=_dtype(values),
     )
@@ -119,6 +117,13 @@ def _count(values: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise refuse(key, value, "is a positive whole number", "mend config.json or download the model again")
     return value
+
+
+def _flag(values: Mapping[str, Any], key: str) -> bool:
+    value = values.get(key)
+    if value not in (True, False, None):
+        raise refuse(key, value, "is true or false", "mend config.json or download the model again")
+    return bool(value)
 
 
 def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
@@ -148,10 +153,9 @@ def _rope(values: Mapping[str, Any], max_positions: int) -> RopeScaling:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_KINDS:
         raise refuse(f"{key}.rope_type", kind, f"supported are {', '.join(_ROPE_KINDS)}")
-    for name in ("partial_rotary_factor",):
-        if rope.get(name, 1.0) != 1.0:
-            raise refuse(name, rope[name], "all channels of a head are rotated (1.0)")
-    if "original_max_position_embeddings" in values:  # wins where some models put it, outside
+    if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
+        raise refuse("partial_rotary_factor", rope["partial_rotary_factor"], "all of a head is rotated (1.0)")
+    if values.get("original_max_position_embeddings") is not None:  # wins where some models put it, outside
         rope["original_max_position_embeddings"] = values["original_max_position_embeddings"]
     if kind == "yarn":
         return _yarn(rope, key, max_positions)
@@ -167,12 +171,13 @@ def _yarn(rope: dict[str, Any], key: str, max_positions: int) -> RopeScaling:
     if rope.get("truncate", True) is not True:
         raise refuse(f"{key}.truncate", rope["truncate"], "the ends of YaRN's ramp are whole channels (true)")
     factor = _number(rope, "factor")
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
-        scales = (rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0)
+    if "attention_factor" in rope:
+        attention_factor = _number(rope, "attention_factor")
+    elif rope.get("mscale") and rope.get("mscale_all_dim"):
+        attention_factor = _concentration(factor, _number(rope, "mscale"))
+        attention_factor /= _concentration(factor, _number(rope, "mscale_all_dim"))
+    else:
         attention_factor = _concentration(factor, 1.0)
-        if all(scales):
-            attention_factor = _concentration(factor, scales[0]) / _concentration(factor, scales[1])
     if attention_factor < 1.0:
         raise refuse(f"{key}.attention_factor", attention_factor, "is 1 or more")
     return RopeScaling(
@@ -182,9 +187,9 @@ def _yarn(rope: dict[str, Any], key: str, max_positions: int) -> RopeScaling:
         original_max_position_embeddings=int(
             _number(rope, "original_max_position_embeddings", max_positions)
         ),
-        attention_factor=float(attention_factor),
-        beta_fast=float(rope.get("beta_fast") or 32.0),
-        beta_slow=float(rope.get("beta_slow") or 1.0),
+        attention_factor=attention_factor,
+        beta_fast=_number(rope, "beta_fast", 32.0),
+        beta_slow=_number(rope, "beta_slow", 1.0),
     )
 
 
@@ -195,13 +200,19 @@ def _concentration(factor: float, mscale: float) -> float:
 def _sliding_window(values: Mapping[str, Any], num_layers: int, max_positions: int) -> int | None:
     """The window of the layers that have one; None where none can be shorter than the context."""
     window = values.get("sliding_window")
-    if window is None or not values.get("use_sliding_window", False):
+    if window is None or not _flag(values, "use_sliding_window"):
         return None
     window = _count(values, "sliding_window")
     kinds = values.get("layer_types")
-    has_window = values.get("max_window_layers", 0) < num_layers
-    if kinds is not None:
+    if kinds is None:
+        first = values.get("max_window_layers", 0)
+        if not isinstance(first, int):
+            raise refuse("max_window_layers", first, "is a number of layers", "mend config.json")
+        has_window = first < num_layers
+    elif isinstance(kinds, list):
         has_window = any(kind != "full_attention" for kind in kinds)
+    else:
+        raise refuse("layer_types", kinds, "is a list with one kind for each layer", "mend config.json")
     return window if has_window and window < max_positions else None
 
 

@@ -75,7 +75,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise damaged(path, f"cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged(path, f"its header is not valid ({error})") from error
     if not isinstance(header, dict):
         raise damaged(path, "its header is not an object")
@@ -107,7 +107,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         valid = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts)
     except (TypeError, KeyError, ValueError):
         raise damaged(path, f"its header has no valid entry for tensor {name}") from None
-    if not valid or dtype not in ITEM_SIZES:
+    if not valid or not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise damaged(path, f"tensor {name} has dtype {dtype} and shape {list(shape)}: not supported")
     if stop - start != math.prod(shape) * ITEM_SIZES[dtype]:
         raise damaged(path, f"tensor {name} has {stop - start} bytes for shape {list(shape)} in {dtype}")

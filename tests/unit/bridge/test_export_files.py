@@ -1,0 +1,146 @@
+"""What an export consists of beside its values."""
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_spin.bridge.checkpoint_files import open_checkpoint
+from nemo_spin.bridge.export_files import (
+    base_model,
+    copy_companions,
+    create_files,
+    files_in,
+    model_card,
+    plan_export,
+)
+from nemo_spin.bridge.families import architecture_of, family_of
+from nemo_spin.data.files import write_manifest
+from tests.unit.bridge.checkpoints import edit_config, make_checkpoint
+
+SHAPES = {"a": (10, 4), "b": (3,), "c": (10, 4), "d": (100, 2), "e": (1,)}
+
+
+@pytest.fixture
+def small_files_only() -> Iterator[None]:
+    """No file may grow beyond 4 KB, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_tensors_fill_files_in_their_order_up_to_the_bound() -> None:
+    # In F32: a 160, b 12, c 160, d 800 (alone beyond the bound), e 4 bytes.
+    plan = plan_export(SHAPES, dtype="F32", max_shard_bytes=172)
+    assert [[n for n, place in plan.places.items() if place.file.name == f] for f in plan.files] == [
+        ["a", "b"],
+        ["c"],
+        ["d"],
+        ["e"],
+    ]
+    assert list(plan.files) == [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
+    assert plan.index is not None
+    assert plan.index["metadata"] == {"total_size": 1136}
+    assert plan.index["weight_map"]["d"] == "model-00003-of-00004.safetensors"
+
+
+def test_one_file_needs_no_index() -> None:
+    plan = plan_export(SHAPES, dtype="BF16", max_shard_bytes=568)
+    assert (list(plan.files), plan.index) == (["model.safetensors"], None)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [400, 10**9])
+def test_created_files_are_complete_checkpoints_of_the_right_size(
+    tmp_path: Path, max_shard_bytes: int
+) -> None:
+    create_files(plan_export(SHAPES, dtype="F32", max_shard_bytes=max_shard_bytes), tmp_path)
+    assert {name: stored.shape for name, stored in open_checkpoint(tmp_path).tensors.items()} == SHAPES
+
+
+@pytest.mark.usefixtures("small_files_only")
+def test_room_is_reserved_before_anything_is_written(tmp_path: Path) -> None:
+    plan = plan_export({"a": (64, 64)}, dtype="F32", max_shard_bytes=10**9)
+    with pytest.raises(OSError, match="File too large"):
+        create_files(plan, tmp_path)
+
+
+def test_the_order_is_that_of_the_table(tmp_path: Path) -> None:
+    architecture = architecture_of(make_checkpoint(tmp_path, "qwen2"))
+    names = list(family_of(architecture).stored_shapes(architecture))
+    assert names[0] == "model.embed_tokens.weight"
+    assert names[-2:] == ["model.norm.weight", "lm_head.weight"]
+    layers = [int(name.split(".")[2]) for name in names if ".layers." in name]
+    assert layers == sorted(layers)
+
+
+def test_companions_are_copied_and_code_is_not(tmp_path: Path) -> None:
+    source, target = make_checkpoint(tmp_path / "source"), tmp_path / "target"
+    target.mkdir()
+    copied = {
+        "tokenizer.json": "{}",
+        "tokenizer_config.json": "{}",
+        "chat_template.jinja": "{{ messages }}",
+        "LICENSE.txt": "the licence",
+        "additional_chat_templates/tools.jinja": "{{ tools }}",
+    }
+    left = {
+        "modeling_evil.py": "boom()",
+        "README.md": "another card",
+        "training_args.bin": "x",
+        "notes.txt": "x",
+    }
+    for name, text in {**copied, **left}.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    copy_companions(source, target, dtype="F32")
+    assert files_in(target) == sorted([*copied, "config.json", "generation_config.json"])
+    for name, text in copied.items():
+        assert (target / name).read_text() == text
+    assert (target / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_another_dtype_is_told_in_the_configuration(tmp_path: Path, key: str) -> None:
+    source, target = make_checkpoint(tmp_path / "source"), tmp_path / "target"
+    target.mkdir()
+    edit_config(source, remove=("dtype",))
+    edit_config(source, **{key: "float32"})
+    copy_companions(source, target, dtype="BF16")
+    before, after = (json.loads((path / "config.json").read_text()) for path in (source, target))
+    assert after == {**before, key: "bfloat16"}
+
+
+def test_the_card_lists_the_facts(tmp_path: Path) -> None:
+    architecture = architecture_of(make_checkpoint(tmp_path))
+    card = model_card(
+        architecture,
+        dtype="BF16",
+        num_parameters=1234567,
+        extra={"base_model": "org/model: 2", "iteration": 1, "note": "a|b\nc"},
+    )
+    assert card.startswith('---\nbase_model: "org/model: 2"\n')
+    for line in (
+        "| parameters | 1,234,567 |",
+        "| iteration | 1 |",
+        "| note | a\\|b c |",
+        "| weights | bfloat16 |",
+    ):
+        assert line in card.splitlines()
+
+
+def test_the_base_model_is_named_without_its_place(tmp_path: Path) -> None:
+    snapshot = make_checkpoint(tmp_path / "models--org--name" / "snapshots" / "0abc")
+    os.symlink(snapshot, tmp_path / "opponent")
+    assert base_model(tmp_path / "opponent") == "org/name"
+    plain = make_checkpoint(tmp_path / "my-model")
+    assert base_model(plain) == "my-model"
+
+
+def test_the_base_model_is_inherited_from_an_earlier_export(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    write_manifest(tmp_path, stage="export", files=[], inputs={}, counts={"base_model": "org/first"})
+    assert base_model(tmp_path) == "org/first"

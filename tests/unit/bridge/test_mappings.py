@@ -1,0 +1,145 @@
+"""Every mapping kind alone: worked out by hand, and proven by its inverse at every tensor-parallel size."""
+
+import numpy as np
+import pytest
+
+from nemo_spin.bridge.mappings import (
+    ColumnParallel,
+    Mapping,
+    QueryKeyValue,
+    Region,
+    Replicated,
+    RowParallel,
+    Share,
+    VocabularyParallel,
+)
+from nemo_spin.errors import CheckpointError
+from nemo_spin.megatron.architecture import Architecture
+
+ARCHITECTURE = Architecture(
+    family="llama",
+    hf_architecture="LlamaForCausalLM",
+    num_layers=1,
+    hidden_size=6,
+    ffn_hidden_size=8,
+    num_attention_heads=8,
+    num_query_groups=4,
+    head_dim=2,
+    vocab_size=11,
+    max_position_embeddings=16,
+    norm_epsilon=1e-6,
+)
+KINDS = [
+    Replicated("norm", "hf.norm", ("hidden_size",)),
+    VocabularyParallel("embedding", "hf.embedding"),
+    ColumnParallel("fc", ("hf.fc",), ("ffn_hidden_size", "hidden_size")),
+    ColumnParallel("fc.bias", ("hf.fc.bias",), ("ffn_hidden_size",)),
+    ColumnParallel("fc1", ("hf.gate", "hf.up"), ("ffn_hidden_size", "hidden_size")),
+    RowParallel("proj", "hf.proj", ("hidden_size", "query_size")),
+    QueryKeyValue("qkv", "hf.q", "hf.k", "hf.v", ("hidden_size",)),
+    QueryKeyValue("qkv.bias", "hf.q.bias", "hf.k.bias", "hf.v.bias"),
+]
+
+
+def _vocab_rows(tp_size: int) -> int:
+    return -(-ARCHITECTURE.vocab_size // tp_size)
+
+
+def _index(region: Region) -> tuple[slice, ...]:
+    return tuple(slice(*bounds) for bounds in region)
+
+
+def _stored(mapping: Mapping) -> dict[str, np.ndarray]:
+    """Tensors whose every value is another, and none is 0."""
+    tensors, first = {}, 1
+    for name, shape in mapping.stored_shapes(ARCHITECTURE).items():
+        tensors[name] = np.arange(first, first + np.prod(shape)).reshape(shape)
+        first += tensors[name].size
+    return tensors
+
+
+def _parameter(mapping: Mapping, stored: dict[str, np.ndarray], share: Share) -> np.ndarray:
+    rows = _vocab_rows(share.tp_size)
+    parameter = np.zeros(mapping.local_shape(ARCHITECTURE, share, rows), dtype=np.int64)
+    for piece in mapping.pieces(ARCHITECTURE, share, rows):
+        assert (parameter[_index(piece.local)] == 0).all(), "a piece lies over another"
+        parameter[_index(piece.local)] = stored[piece.tensor][_index(piece.stored)]
+    return parameter
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("mapping", KINDS, ids=lambda mapping: mapping.megatron)
+def test_what_is_written_back_is_what_was_read(mapping: Mapping, tp_size: int) -> None:
+    stored = _stored(mapping)
+    written = {name: np.zeros_like(values) for name, values in stored.items()}
+    for tp_rank in range(tp_size):
+        share = Share(tp_rank, tp_size)
+        parameter = _parameter(mapping, stored, share)
+        if not mapping.is_writer(share):
+            continue
+        for piece in mapping.pieces(ARCHITECTURE, share, _vocab_rows(tp_size)):
+            target = written[piece.tensor][_index(piece.stored)]
+            assert (target == 0).all(), "two ranks write the same values"
+            target[...] = parameter[_index(piece.local)]
+    for name, values in stored.items():
+        np.testing.assert_array_equal(written[name], values)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("mapping", KINDS, ids=lambda mapping: mapping.megatron)
+def test_every_value_of_a_parameter_is_stored_but_for_padded_rows(mapping: Mapping, tp_size: int) -> None:
+    zeros = sum(
+        int((_parameter(mapping, _stored(mapping), Share(tp_rank, tp_size)) == 0).sum())
+        for tp_rank in range(tp_size)
+    )
+    padded_rows = _vocab_rows(tp_size) * tp_size - ARCHITECTURE.vocab_size
+    is_vocabulary = isinstance(mapping, VocabularyParallel)
+    assert zeros == (padded_rows * ARCHITECTURE.hidden_size if is_vocabulary else 0)
+
+
+def test_query_key_value_rows_alternate_by_group() -> None:
+    # 8 query heads in 4 groups of head size 2; the second of two ranks holds groups 2 and 3.
+    mapping = QueryKeyValue("qkv.bias", "q", "k", "v")
+    stored = {"q": np.arange(16), "k": np.arange(100, 108), "v": np.arange(200, 208)}
+    expected = [8, 9, 10, 11, 104, 105, 204, 205, 12, 13, 14, 15, 106, 107, 206, 207]
+    parameter = np.zeros(16, dtype=np.int64)
+    for piece in mapping.pieces(ARCHITECTURE, Share(1, 2), 0):
+        parameter[_index(piece.local)] = stored[piece.tensor][_index(piece.stored)]
+    assert parameter.tolist() == expected
+
+
+def test_a_gated_mlp_holds_gate_above_up_in_every_rank() -> None:
+    mapping = ColumnParallel("fc1", ("gate", "up"), ("ffn_hidden_size",))
+    stored = {"gate": np.arange(8), "up": np.arange(100, 108)}
+    parameter = np.zeros(4, dtype=np.int64)
+    for piece in mapping.pieces(ARCHITECTURE, Share(3, 4), 0):
+        parameter[_index(piece.local)] = stored[piece.tensor][_index(piece.stored)]
+    assert parameter.tolist() == [6, 7, 106, 107]
+
+
+def test_a_rank_that_holds_padding_alone_has_no_pieces() -> None:
+    # 11 tokens padded to 4 x 4 rows for a kernel's sake: the last rank has rows 12 to 15.
+    mapping = VocabularyParallel("embedding", "hf.embedding")
+    assert list(mapping.pieces(ARCHITECTURE, Share(3, 4), 4)) == []
+
+
+def test_layers_are_numbered_in_all_names() -> None:
+    mapping = ColumnParallel("decoder.{layer}.fc1", ("m.{layer}.gate", "m.{layer}.up"), ("hidden_size",))
+    filled = mapping.at_layer(17)
+    assert (filled.megatron, filled.hf) == ("decoder.17.fc1", ("m.17.gate", "m.17.up"))
+    assert filled.shape == ("hidden_size",)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "named"),
+    [
+        (KINDS[2], "ffn_hidden_size has 8"),
+        (KINDS[5], "query_size has 16"),
+        (KINDS[6], "key/value heads has 4"),
+    ],
+    ids=["column", "row", "qkv"],
+)
+def test_a_size_that_ranks_cannot_share_is_refused_by_name(mapping: Mapping, named: str) -> None:
+    with pytest.raises(CheckpointError, match="tensor_model_parallel_size") as caught:
+        list(mapping.pieces(ARCHITECTURE, Share(0, 3), 0))
+    assert named in str(caught.value)
