@@ -123,6 +123,7 @@ class Template:
         more_stop_token_ids: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
+        self._tail = ""
         self._prompt_template = prompt_template
         self._system_prompt = system_prompt
         self._kwargs = dict(chat_template_kwargs or {})
@@ -229,7 +230,7 @@ class Template:
             body = text[len(prompt) :]
         else:
             # A generation prompt that the rendered turn does not have, such as an opened <think>.
-            start = text.rfind(response.strip())
+            start = text.rfind(response.strip(), 0, len(text.removesuffix(self._tail)))
             if start < 0:
                 raise RefusedError(TEMPLATE_REFUSED, "it does not render the response as it is")
             body = text[start:]
@@ -321,7 +322,7 @@ class Template:
     # What tokenizer and template are like, found out once.
 
     def _turn_end(self, candidates: set[int]) -> int | None:
-        """The first special token that the chat template puts behind an answer."""
+        """The first special token of the tail that the chat template puts behind an answer."""
         question = {"role": "user", "content": "Where do stripes meet?"}
         try:
             prompt = self._apply([question], generation_prompt=True)
@@ -332,7 +333,7 @@ class Template:
             raise bad_chat_template(str(refusal)) from refusal
         if not prompt.strip() or _PROBE_ANSWER not in text:
             raise bad_chat_template("it does not render one question and its answer")
-        tail = text[text.rfind(_PROBE_ANSWER) + len(_PROBE_ANSWER) :]
+        self._tail = tail = text[text.rfind(_PROBE_ANSWER) + len(_PROBE_ANSWER) :]
         special = {*candidates, *self._tokenizer.all_special_ids}
         added = getattr(self._tokenizer, "added_tokens_decoder", {})
         special |= {token for token, entry in added.items() if getattr(entry, "special", False)}
