@@ -34,27 +34,35 @@ class Display(Protocol):
 
 
 class Pace:
-    """How fast one thing goes: the rate since it was first seen, and what that leaves."""
+    """How fast one thing goes, and what that leaves.
+
+    The clock starts at the first count that differs from the one before: until then a
+    stage loads and warms up.
+    """
 
     def __init__(self, done: int) -> None:
-        self._restart(done)
+        self._start(done, counting=False)
 
-    def _restart(self, done: int) -> None:
+    def _start(self, done: int, *, counting: bool) -> None:
         self._first = self._last = done
+        self._counting = counting
         self._since = time.monotonic()
         self.rate = 0.0
 
     def seen(self, done: int) -> None:
         """Updates the rate (per second); a count that falls is another thing that begins."""
         if done < self._last:
-            self._restart(done)
+            self._start(done, counting=False)
+        elif done > self._last and not self._counting:
+            self._start(done, counting=True)
         self._last = done
         elapsed = time.monotonic() - self._since
-        self.rate = (done - self._first) / elapsed if elapsed > 0 and done > self._first else 0.0
+        if elapsed > 0:
+            self.rate = (done - self._first) / elapsed
 
     def describe(self, done: int, total: int, unit: str) -> str:
-        """Such as `12/50 steps, 3.1/s, 0:12 left`."""
-        text = f"{done:,}/{total:,} {unit}"
+        """Such as `12/50 steps, 3.1/s, 12 s left`."""
+        text = f"{done:,}/{total:,} {unit if unit.endswith('s') else unit + 's'}"
         if self.rate:
             text += f", {_rate(self.rate, unit)}"
             if done < total:

@@ -86,7 +86,7 @@ def _progress(run: RunDirectory, state: State) -> str:
         for line in reversed(lines):
             event = _parse(line)
             if event.get("event") == "update":
-                return f", {event['done']:,}/{event['total']:,} {event['unit']}"
+                return f", {event['done']:,}/{event['total']:,} {event['unit'].removesuffix('s')}s"
     return ""
 
 

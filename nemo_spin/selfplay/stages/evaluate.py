@@ -108,7 +108,8 @@ class EvaluateStage(Stage):
     def describe(self, manifest: Manifest) -> str:
         """See `Stage`."""
         parts = []
-        for way, counts in manifest.counts.items():
+        for way in (way for way in (heldout.SAMPLED, heldout.GREEDY) if way in manifest.counts):
+            counts = manifest.counts[way]
             score = "" if counts.get("score") is None else f"score {counts['score']:.3f}, "
             parts.append(
                 f"{way}: {score}{counts['mean_length']:.1f} tokens on average, {counts['cut_share']:.1%} cut"
