@@ -219,6 +219,7 @@ class DatasetsSource:
 
     def __init__(self, spec: str, *, key: str, split: str, subset: str | None, revision: str | None) -> None:
         self._spec = spec
+        self._path = Path(spec).expanduser()
         self._key = key
         self._split = split
         self._subset = subset
@@ -247,9 +248,8 @@ class DatasetsSource:
 
         datasets.logging.set_verbosity_error()
         datasets.disable_progress_bars()
-        path = Path(self._spec).expanduser()
         return datasets.load_dataset(
-            str(path) if path.is_dir() else self._spec,
+            str(self._path) if self._path.is_dir() else self._spec,
             self._subset,
             split=self._split,
             revision=self._revision,
@@ -262,11 +262,12 @@ class DatasetsSource:
         try:
             yield
         except Exception as error:
+            missing = "" if self._path.is_dir() else "there is no such file, and "
+            said = f"{type(error).__name__}: {_first_line(error)}"
             raise DataError(
                 explain(
                     f"{self._key}={self._spec}",
-                    found=f"`datasets` cannot read split {self._split!r} "
-                    f"({type(error).__name__}: {_first_line(error)})",
+                    found=f"{missing}`datasets` cannot read split {self._split!r} ({said})",
                     rule="a local file, a directory of parquet/JSON files, or a data set on the hub",
                     remedy="check name, split and subset (data.train_split, data.heldout_split, "
                     "data.subset) and the network; gated data sets need a login (`hf auth login`)",

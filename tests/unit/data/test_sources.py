@@ -115,6 +115,17 @@ def test_a_missing_file_is_named(name: str) -> None:
     assert f"data.train={name}" in str(caught.value)
 
 
+def test_a_hub_id_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no network\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"org/name.*no such file, and.*ConnectionError: no network\)"):
+        opened("org/name").columns()
+
+
 def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,response\n")
     with pytest.raises(DataError, match=r"ends in \.csv"):
