@@ -44,7 +44,7 @@ def test_loading_that_takes_too_long_is_ended(stage: Stage) -> None:
     stage.config = configuration(load_timeout_s=1.5)
     job = stage.start()
     assert isinstance(job, WorkerProcess)
-    with pytest.raises(GenerationError, match=r"(?s)loading .*generation\.load_timeout_s.*generate\.log"):
+    with pytest.raises(GenerationError, match=r"(?s)loading .*generate\.log.*generation\.load_timeout_s"):
         wait(job)
     assert not _is_alive(job.pid)
 
@@ -64,7 +64,7 @@ def test_an_engine_that_refuses_the_model_is_quoted(stage: Stage) -> None:
     with pytest.raises(GenerationError) as caught:
         wait(stage.start())
     assert "could not be loaded into vllm" in str(caught.value)
-    assert "KV cache" in str(caught.value)
+    assert "No available memory" in str(caught.value)
     assert str(stage.log_path) in str(caught.value)
 
 
@@ -90,8 +90,9 @@ def test_the_sampler_ends_with_its_parent(stage: Stage, tmp_path: Path) -> None:
         import time
         from pathlib import Path
         from tests.functional.generation.harness import Stage
-        job = Stage(Path({str(stage.model_dir)!r}), Path({str(stage.prepared)!r}), Path({str(tmp_path)!r})).start()
-        Path({str(tmp_path / "pid")!r}).write_text(str(job.pid))
+        model_dir, prepared, directory = {[str(stage.model_dir), str(stage.prepared), str(tmp_path)]}
+        job = Stage(Path(model_dir), Path(prepared), Path(directory)).start()
+        Path(directory, "pid").write_text(str(job.pid))
         time.sleep(600)
         """)
     parent = subprocess.Popen([sys.executable, "-c", script])
