@@ -1,0 +1,171 @@
+"""What the ranks of the bridge's tests do; plain functions, pickled by name."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+from nemo_spin.errors import NemoSpinError
+
+
+def _build(tp_size: int, pp_size: int, source: Path, dtype: str) -> tuple[list[Any], Any]:
+    import torch
+
+    from nemo_spin.bridge.families import architecture_of
+    from nemo_spin.config.schema import ModelConfig
+    from nemo_spin.megatron import provider, runtime
+
+    runtime.initialize(
+        tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size, seed=1, timeout_s=60
+    )
+    architecture = architecture_of(source)
+    model = ModelConfig(
+        path=str(source), tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size
+    )
+    chunks = provider.build_model(architecture, model, params_dtype=getattr(torch, dtype))
+    for parameter in chunks[0].parameters():
+        parameter.data.fill_(float("nan"))  # whatever is not loaded shows
+    return chunks, architecture
+
+
+def convert(tp_size: int, pp_size: int, source: Path, target: Path, options: dict[str, Any]) -> Any:
+    """Imports `source`, exports to `target`, and passes the gate; returns the manifest."""
+    import torch
+
+    from nemo_spin.bridge.export_hf import export_weights, verify_export
+    from nemo_spin.bridge.import_hf import load_weights
+    from nemo_spin.data.progress import SilentProgress
+
+    chunks, architecture = _build(tp_size, pp_size, source, options.get("params_dtype", "float32"))
+    load_weights(chunks, source, architecture)
+    manifest = export_weights(
+        chunks,
+        architecture=architecture,
+        source_dir=source,
+        out_dir=target,
+        dtype=getattr(torch, options["dtype"]) if "dtype" in options else None,
+        progress=SilentProgress(),
+        extra=options.get("extra"),
+        max_shard_bytes=options.get("max_shard_bytes", 20_000),
+    )
+    verify_export(chunks, target, architecture)
+    assert (manifest is None) == (torch.distributed.get_rank() != 0)
+    return manifest
+
+
+def padded_rows(tp_size: int, source: Path) -> list[float]:
+    """Largest absolute values of the rows that pad the embedding and the output layer."""
+    import torch
+
+    from nemo_spin.bridge.import_hf import load_weights
+
+    chunks, architecture = _build(tp_size, 1, source, "float32")
+    load_weights(chunks, source, architecture)
+    largest = []
+    for weight in (chunks[0].embedding.word_embeddings.weight, chunks[0].output_layer.weight):
+        first = architecture.vocab_size - torch.distributed.get_rank() * weight.shape[0]
+        rows = weight[max(0, first) :]
+        largest.append(float(rows.abs().max()) if rows.numel() else -1.0)
+    values: list[Any] = [None] * tp_size
+    torch.distributed.all_gather_object(values, largest)
+    return [value for rank_values in values for value in rank_values]
+
+
+def logits(tp_size: int, source: Path, ids: list[list[int]]) -> Any:
+    """[batch, positions, vocabulary] of the imported model, as a numpy array."""
+    import torch
+    from megatron.core import parallel_state
+
+    from nemo_spin.bridge.import_hf import load_weights
+
+    chunks, architecture = _build(tp_size, 1, source, "float32")
+    load_weights(chunks, source, architecture)
+    tokens = torch.tensor(ids)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with torch.no_grad():
+        own = chunks[0](tokens, positions, attention_mask=None).contiguous()
+    parts = [torch.empty_like(own) for _ in range(tp_size)]
+    torch.distributed.all_gather(parts, own, group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(parts, dim=-1)[..., : architecture.vocab_size].numpy()
+
+
+def gate_after_change(tp_size: int, pp_size: int, source: Path, target: Path) -> list[tuple[str, str]]:
+    """What every rank's gate says after `target` was changed behind its back."""
+    from nemo_spin.bridge.export_hf import verify_export
+    from nemo_spin.bridge.import_hf import load_weights
+
+    chunks, architecture = _build(tp_size, pp_size, source, "float32")
+    load_weights(chunks, source, architecture)
+    return _outcomes(lambda: verify_export(chunks, target, architecture))
+
+
+def load(tp_size: int, pp_size: int, source: Path, described_by: Path) -> list[tuple[str, str]]:
+    """What every rank says to importing a broken directory into a model that another describes."""
+    from nemo_spin.bridge.import_hf import load_weights
+
+    chunks, architecture = _build(tp_size, pp_size, described_by, "float32")
+    return _outcomes(lambda: load_weights(chunks, source, architecture))
+
+
+def export_without_room(tp_size: int, source: Path, target: Path, failing_rank: int) -> list[tuple[str, str]]:
+    """What every rank says when one of them may not write more than 1 KB into a file."""
+    import torch
+
+    from nemo_spin.bridge.export_hf import export_weights
+    from nemo_spin.bridge.import_hf import load_weights
+    from nemo_spin.data.progress import SilentProgress
+
+    chunks, architecture = _build(tp_size, 1, source, "float32")
+    load_weights(chunks, source, architecture)
+
+    def export() -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if torch.distributed.get_rank() == failing_rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+        try:
+            export_weights(
+                chunks,
+                architecture=architecture,
+                source_dir=source,
+                out_dir=target,
+                progress=SilentProgress(),
+            )
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return _outcomes(export)
+
+
+def together_with_failures(world_size: int, failing: dict[int, str]) -> list[tuple[str, str]]:
+    """What every rank gets from a step that fails on some."""
+    import torch
+
+    from nemo_spin.bridge.agreement import together
+    from nemo_spin.errors import DataError
+    from nemo_spin.megatron import provider, runtime  # noqa: F401 (imports before the backend is installed)
+
+    runtime.initialize(
+        tensor_model_parallel_size=world_size, pipeline_model_parallel_size=1, seed=1, timeout_s=60
+    )
+
+    def step() -> None:
+        message = failing.get(torch.distributed.get_rank())
+        if message is not None:
+            raise DataError(message)
+
+    return _outcomes(lambda: together(step))
+
+
+def _outcomes(action: Any) -> list[tuple[str, str]]:
+    """(type, message) of what `action` raised on every rank; ("", "") where it did not."""
+    import torch
+
+    own = ("", "")
+    try:
+        action()
+    except NemoSpinError as error:
+        own = (type(error).__name__, str(error))
+    outcomes: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(outcomes, own)
+    return outcomes

@@ -1,0 +1,142 @@
+"""Hugging Face -> Megatron -> Hugging Face in real processes, bit for bit, at every layout."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from nemo_spin.bridge.checkpoint_files import check_checkpoint, open_checkpoint, weights_sha256
+from nemo_spin.data.files import read_manifest, verify_manifest
+from tests.distributed.bridge import ranks
+from tests.distributed.harness import run_ranks
+from tests.unit.bridge.checkpoints import CLASSES, edit_config, make_checkpoint
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+ODD: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"tie_word_embeddings": False}),
+    ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
+    ("mistral", {"dtype": "bfloat16", "shards": True}),
+    ("qwen2", {"tie_word_embeddings": True, "dtype": "bfloat16"}),
+    ("qwen2", {"tie_word_embeddings": False, "dtype": "float16"}),
+    ("qwen3", {"tie_word_embeddings": True, "shards": True}),
+]
+
+
+def _names(settings: Any) -> str:
+    return settings if isinstance(settings, str) else "-".join(f"{v}" for v in settings.values())
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+
+
+@pytest.mark.parametrize(("family", "settings"), ODD, ids=_names)
+def test_every_layout_writes_the_same_bytes_and_the_source_values(
+    tmp_path: Path, family: str, settings: dict[str, Any]
+) -> None:
+    first = make_checkpoint(tmp_path / "source", family, **settings)
+    (first / "tokenizer.json").write_text("{}")
+    options = {"extra": {"iteration": 1, "inputs": {"a": "b"}}}
+    source = first
+    hashes = []
+    for tp_size, pp_size in LAYOUTS:  # each imports what the layout before exported
+        target = tmp_path / f"tp{tp_size}-pp{pp_size}"
+        manifest = run_ranks(ranks.convert, tp_size * pp_size, tp_size, pp_size, source, target, options)
+        hashes.append(_hashes(target))
+        verify_manifest(target, manifest)
+        assert read_manifest(target) == manifest
+        source = target
+    assert manifest.inputs == {"a": "b"}
+    assert manifest.counts["base_model"] == "source"
+    assert all(entry == hashes[0] for entry in hashes)
+    assert len([name for name in hashes[0] if name.endswith(".safetensors")]) > 1
+    before, after = open_checkpoint(first), open_checkpoint(source)
+    assert set(before.tensors) == set(after.tensors)
+    for name, stored in before.tensors.items():
+        assert (stored.dtype, stored.shape) == (after.tensors[name].dtype, after.tensors[name].shape)
+        np.testing.assert_array_equal(before.raw(name), after.raw(name))
+    check_checkpoint(source)
+    assert weights_sha256(source) == weights_sha256(tmp_path / "tp1-pp1")
+
+
+def test_transformers_loads_an_export_with_the_same_weights(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "qwen2", dtype="bfloat16", tie_word_embeddings=True)
+    run_ranks(ranks.convert, 2, 2, 1, source, tmp_path / "target", {})
+    models = [
+        transformers.AutoModelForCausalLM.from_pretrained(path) for path in (source, tmp_path / "target")
+    ]
+    assert models[1].dtype == torch.bfloat16
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[name])
+
+
+def test_another_dtype_is_written_when_asked_for(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    run_ranks(ranks.convert, 2, 1, 2, source, tmp_path / "target", {"dtype": "bfloat16"})
+    assert check_checkpoint(tmp_path / "target").torch_dtype == "bfloat16"
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path / "target")
+    for name, stored in before.tensors.items():
+        shape = tuple((0, size) for size in stored.shape)
+        values = torch.from_numpy(before.read(name, shape)).view(torch.float32)
+        written = torch.from_numpy(after.read(name, shape)).view(torch.bfloat16)
+        assert torch.equal(values.to(torch.bfloat16), written)
+
+
+def test_the_dtype_of_the_weights_decides_where_the_configuration_says_none(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", dtype="bfloat16")
+    edit_config(source, remove=("dtype", "torch_dtype"))
+    run_ranks(ranks.convert, 1, 1, 1, source, tmp_path / "target", {})
+    assert {stored.dtype for stored in open_checkpoint(tmp_path / "target").tensors.values()} == {"BF16"}
+
+
+def test_one_data_parallel_replica_writes(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    run_ranks(ranks.convert, 2, 1, 1, source, tmp_path / "two", {})
+    run_ranks(ranks.convert, 1, 1, 1, source, tmp_path / "one", {})
+    assert _hashes(tmp_path / "two") == _hashes(tmp_path / "one")
+
+
+def test_rows_that_pad_the_vocabulary_are_zero(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", tie_word_embeddings=False)
+    # 89 tokens in 2 x 45 rows: the second rank holds one row more than there are tokens.
+    assert run_ranks(ranks.padded_rows, 2, 2, source) == [-1.0, -1.0, 0.0, 0.0]
+
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 1e4},
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "tp_size"),
+    [*((family, "default", 2) for family in CLASSES), *(("llama", rope, 1) for rope in ROPES)],
+)
+def test_logits_are_those_of_transformers(tmp_path: Path, family: str, rope: str, tp_size: int) -> None:
+    source = make_checkpoint(
+        tmp_path / "source", family, rope_parameters=ROPES[rope], tie_word_embeddings=family == "qwen2"
+    )
+    generator = np.random.default_rng(5)
+    ids = generator.integers(0, 89, (3, 40)).tolist()
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(run_ranks(ranks.logits, tp_size, tp_size, source, ids), expected, atol=1e-4)
