@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from nemo_spin.errors import GenerationError, explain
 
 _BLOCK_TOKENS = 128  # the CPU engine hands out its cache in blocks of as many tokens
 _SPARE_BLOCKS = 2  # one is never used, one is for rounding
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MEMORY_SHARE = 4  # the cache takes a quarter of the machine's memory at most
 
 
@@ -49,5 +51,10 @@ def kv_cache_bytes(
 
 
 def memory_bytes() -> int:
-    """Memory of this machine, used or not."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory of this machine, or of the container where that is less; used or not."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = _CONTAINER_LIMIT.read_text().strip()
+    except OSError:
+        return machine
+    return min(machine, int(limit)) if limit.isdecimal() else machine

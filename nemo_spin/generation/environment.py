@@ -66,8 +66,8 @@ def package_parent() -> Path:
     return Path(nemo_spin.__file__).resolve().parent.parent
 
 
-def import_path(python: str, scratch: Path) -> Path:
-    """A directory for PYTHONPATH in which `python` finds this package and no other.
+def python_path(python: str, scratch: Path) -> str:
+    """The PYTHONPATH with which `python` finds this package, and nothing of another interpreter's.
 
     An installed package lies among the libraries of the running environment, which must
     not be seen by another one: there a directory with a link to the package is made.
@@ -77,12 +77,15 @@ def import_path(python: str, scratch: Path) -> Path:
         scratch: Where the directory may be made.
     """
     parent = package_parent()
+    if os.path.abspath(python) == os.path.abspath(sys.executable):
+        known = os.environ.get("PYTHONPATH")
+        return f"{parent}{os.pathsep}{known}" if known else str(parent)
     is_shared = any((parent / name).exists() for name in ("omegaconf", "numpy", "pip"))
-    if not is_shared or os.path.abspath(python) == os.path.abspath(sys.executable):
-        return parent
+    if not is_shared:
+        return str(parent)
     link = scratch / ".package" / "nemo_spin"
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.is_symlink() or link.resolve() != parent / "nemo_spin":
         link.unlink(missing_ok=True)
         link.symlink_to(parent / "nemo_spin", target_is_directory=True)
-    return link.parent
+    return str(link.parent)

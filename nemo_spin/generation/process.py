@@ -20,6 +20,10 @@ _LOG_LINES = 12
 _LOG_BYTES = 16 << 10
 _END_TIMEOUT_S = 60.0  # everything is written by then
 _GRACE_S = 5.0
+_NOT_INHERITED = frozenset(
+    {"PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__", "MASTER_ADDR", "MASTER_PORT"}
+    | {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+)
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,7 @@ class WorkerProcess:
         request_path: What it is asked to do.
         status_path: Where it says which step it is at.
         log_path: Its output is appended there.
-        import_path: The directory that holds this package, and no other that `python` would
-            take from the wrong environment.
+        python_path: Its PYTHONPATH, in which it finds this package.
         timeouts: Seconds for loading and for each shard.
     """
 
@@ -63,7 +66,7 @@ class WorkerProcess:
         request_path: Path,
         status_path: Path,
         log_path: Path,
-        import_path: Path,
+        python_path: str,
         timeouts: Timeouts,
     ) -> None:
         self._log_path = log_path
@@ -80,7 +83,7 @@ class WorkerProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=_environment(import_path),
+                    env=_environment(python_path),
                     start_new_session=True,
                 )
             except OSError as error:
@@ -218,17 +221,16 @@ def wait(job: RunningGeneration, *, poll_s: float = 0.1, on_poll: Callable[[], N
         job.stop()
 
 
-def _environment(import_path: Path) -> dict[str, str]:
-    """The process's environment: this package, nothing else of ours."""
+def _environment(python_path: str) -> dict[str, str]:
+    """Ours, without what tells our interpreter and our ranks where they belong."""
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name not in ("PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
-        and not name.startswith("TORCHELASTIC_")
+        if name not in _NOT_INHERITED and not name.startswith("TORCHELASTIC_")
     }
     return {
         **environment,
-        "PYTHONPATH": str(import_path),
+        "PYTHONPATH": python_path,
         "PYTHONUNBUFFERED": "1",
         PARENT_VARIABLE: str(os.getpid()),
     }

@@ -108,7 +108,7 @@ def answers_table(rows: pa.Table, answers: Sequence[Answer], generation: Pass) -
         "num_sampler_tokens": pa.array([len(answer.logps) for answer in answers], pa.int32()),
         "opponent_sha256": pa.array([generation.opponent_sha256] * count, pa.string()),
     }
-    return pa.table(columns).cast(GENERATED)
+    return pa.table(columns).cast(GENERATED).combine_chunks()  # the same bytes, however rows were read
 
 
 def sum_logps(logps: Sequence[float]) -> float:

@@ -18,7 +18,7 @@ from nemo_spin.data.progress import ProgressFile
 from nemo_spin.errors import ConfigError, DataError, explain
 from nemo_spin.generation.counts import count_answers
 from nemo_spin.generation.engine import Sampling
-from nemo_spin.generation.environment import find_python, import_path
+from nemo_spin.generation.environment import find_python, python_path
 from nemo_spin.generation.process import NothingToDo, RunningGeneration, Timeouts, WorkerProcess
 from nemo_spin.generation.prompts import PromptLengths, check_prompts
 from nemo_spin.generation.request import EngineSettings, GenerationRequest, Pass
@@ -174,7 +174,7 @@ def start(
         request_path=request_path,
         status_path=status_path,
         log_path=log_path,
-        import_path=import_path(python, log_path.parent),
+        python_path=python_path(python, log_path.parent),
         timeouts=Timeouts(config.generation.load_timeout_s, config.generation.shard_timeout_s),
     )
 
