@@ -38,7 +38,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _INTEGERS = {2: np.int16, 4: np.int32}
-_CHECK_BYTES = 16 << 20  # read at once when values are checked
+_CHECK_BYTES = 4 << 20  # read at once when values are checked
 _EXPONENTS: dict[str, tuple[type[np.uint16] | type[np.uint32], int]] = {
     "F32": (np.uint32, 0x7F800000),
     "BF16": (np.uint16, 0x7F80),
@@ -195,6 +195,18 @@ def check_checkpoint(hf_dir: Path, *, finite: bool = True) -> Architecture:
     return architecture
 
 
+def all_finite(bits: np.ndarray, dtype: str) -> bool:
+    """Whether no value is NaN or infinite: none has an exponent of ones alone.
+
+    Args:
+        bits: Values of the stored type, as integers of any size or bytes, contiguous.
+        dtype: Their type, as safetensors spells it.
+    """
+    kind, exponent = _EXPONENTS[dtype]
+    values = bits.reshape(-1).view(kind)
+    return not values.size or int(np.bitwise_and(values, np.asarray(exponent, kind)).max()) != exponent
+
+
 def _check_finite(checkpoint: Checkpoint) -> None:
     work = [
         (name, start)
@@ -205,9 +217,7 @@ def _check_finite(checkpoint: Checkpoint) -> None:
 
     def is_finite(part: tuple[str, int]) -> bool:
         name, start = part
-        kind, exponent = _EXPONENTS[checkpoint.tensors[name].dtype]
-        values = checkpoint.raw(name)[start : start + _CHECK_BYTES].view(kind)
-        return not values.size or int(np.bitwise_and(values, np.asarray(exponent, kind)).max()) != exponent
+        return all_finite(checkpoint.raw(name)[start : start + _CHECK_BYTES], checkpoint.tensors[name].dtype)
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for (name, _), good in zip(work, pool.map(is_finite, work), strict=True):

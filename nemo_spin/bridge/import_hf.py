@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nemo_spin.bridge.agreement import together
-from nemo_spin.bridge.checkpoint_files import Checkpoint, check_tensors, open_checkpoint
+from nemo_spin.bridge.checkpoint_files import Checkpoint, all_finite, check_tensors, open_checkpoint
 from nemo_spin.bridge.families import family_of
 from nemo_spin.bridge.placement import Placed, bits_to_tensor, place, row_blocks, view
 from nemo_spin.bridge.safetensors_format import ITEM_SIZES, damaged
@@ -54,8 +54,8 @@ def _fill(placed: Placed, checkpoint: Checkpoint) -> None:
     for piece in placed.pieces:
         stored = checkpoint.tensors[piece.tensor]
         for block in row_blocks(piece, ITEM_SIZES[stored.dtype]):
-            values = bits_to_tensor(checkpoint.read(piece.tensor, block.stored), stored.dtype)
-            if not torch.isfinite(values).all():
+            bits = checkpoint.read(piece.tensor, block.stored)
+            if not all_finite(bits, stored.dtype):
                 raise damaged(stored.file, f"tensor {piece.tensor} holds NaN or infinite values")
             target = view(placed.parameter, block)
-            target.copy_(values.to(target.dtype))
+            target.copy_(bits_to_tensor(bits, stored.dtype).to(target.dtype))

@@ -17,7 +17,7 @@ from nemo_spin.bridge.mappings import Piece, RowParallel, Share
 from nemo_spin.errors import CheckpointError, explain
 from nemo_spin.megatron.architecture import Architecture
 
-BLOCK_BYTES = 32 << 20  # most that is copied at once
+BLOCK_BYTES = 8 << 20  # most that is copied at once
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 STORED_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _BIT_TYPES = {2: torch.int16, 4: torch.int32}
