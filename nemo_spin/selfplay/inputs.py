@@ -10,6 +10,7 @@ something runs, how it is cut into batches or shards, logging, time-outs, names.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,7 +158,7 @@ def refuse(run_dir: Path, found: list[Difference], redo: list[Path]) -> ConfigEr
         found: What differs.
         redo: Directories that would have to be made again.
     """
-    where = " ".join(str(path) for path in redo)
+    where = shlex.join(str(path) for path in redo)
     lines = "".join(f"\n    {line.words}  ({line.stage})" for line in found)
     return ConfigError(
         explain(

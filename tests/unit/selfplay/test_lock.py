@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from nemo_spin.errors import ConfigError
+from nemo_spin.selfplay import lock
+from nemo_spin.selfplay.lock import Owner, locked, read_owner
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run.lock"
+
+
+def write(path: Path, owner: Owner) -> None:
+    path.write_text(json.dumps(asdict(owner)))
+
+
+def dead_process() -> Owner:
+    """A process that has just ended, as it was."""
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    return replace(Owner.of_this_process(), pid=process.pid)
+
+
+def test_names_its_owner_and_goes_away(path: Path) -> None:
+    with locked(path):
+        owner = read_owner(path)
+        assert owner == Owner.of_this_process()
+        assert owner.alive()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_goes_away_after_an_error(path: Path) -> None:
+    with pytest.raises(RuntimeError), locked(path):
+        raise RuntimeError
+    assert not path.exists()
+
+
+def test_a_living_owner_is_respected(path: Path) -> None:
+    with locked(path):
+        with pytest.raises(ConfigError, match=f"held by process {os.getpid()} on") as caught, locked(path):
+            raise AssertionError("both hold the lock")
+        assert "another run_dir" in str(caught.value)
+        assert path.exists()
+
+
+def test_a_dead_owner_is_replaced(path: Path) -> None:
+    write(path, dead_process())
+    with locked(path):
+        assert read_owner(path) == Owner.of_this_process()
+
+
+def test_another_process_with_the_number_of_the_dead_one(path: Path) -> None:
+    write(path, replace(Owner.of_this_process(), started=1))
+    with locked(path):
+        assert read_owner(path) == Owner.of_this_process()
+
+
+def test_a_machine_that_was_started_anew(path: Path) -> None:
+    write(path, replace(Owner.of_this_process(), boot="another boot"))
+    with locked(path):
+        pass
+
+
+@pytest.mark.parametrize("change", [{"host": "elsewhere", "boot": "b"}, {"namespace": "pid:[1]"}])
+def test_an_owner_that_cannot_be_seen_is_judged_by_its_heartbeat(
+    path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str]
+) -> None:
+    monkeypatch.setattr(lock, "SILENT_AFTER_S", 0.6)
+    owner = replace(Owner.of_this_process(), **change)
+    write(path, owner)
+    assert owner.alive() is None
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.1):
+            os.utime(path)
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    notes: list[str] = []
+    with pytest.raises(ConfigError, match=f"on {owner.host}"), locked(path, on_wait=notes.append):
+        pass
+    assert "heartbeat" in notes[0]
+    ended.set()
+    heart.join()
+    with locked(path):  # silent now
+        assert read_owner(path) == Owner.of_this_process()
+
+
+def test_the_heart_beats(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
+    with locked(path):
+        os.utime(path, ns=(0, 0))
+        time.sleep(0.3)
+        assert path.stat().st_mtime_ns > 0
+
+
+def test_a_file_without_a_name_is_left_alone(path: Path) -> None:
+    path.write_text("")
+    with pytest.raises(ConfigError, match="left no name"), locked(path):
+        pass
+    assert path.exists()
+
+
+_CONTENDER = """
+import sys, time
+from pathlib import Path
+from nemo_spin.errors import ConfigError
+from nemo_spin.selfplay.lock import locked
+while not Path(sys.argv[2]).exists():
+    pass
+try:
+    with locked(Path(sys.argv[1])):
+        print("held", flush=True)
+        time.sleep(3)
+except ConfigError:
+    print("refused", flush=True)
+"""
+
+
+def test_of_many_that_find_a_dead_lock_one_gets_it(path: Path, tmp_path: Path) -> None:
+    write(path, dead_process())
+    gun = tmp_path / "gun"
+    command = [sys.executable, "-c", _CONTENDER, str(path), str(gun)]
+    contenders = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    time.sleep(2)
+    gun.touch()
+    said = [contender.communicate(timeout=60)[0].strip() for contender in contenders]
+    assert sorted(said) == ["held"] + ["refused"] * 5
