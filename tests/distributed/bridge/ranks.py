@@ -9,7 +9,9 @@ from typing import Any
 from nemo_spin.errors import NemoSpinError
 
 
-def _build(tp_size: int, pp_size: int, source: Path, dtype: str) -> tuple[list[Any], Any]:
+def _build(
+    tp_size: int, pp_size: int, source: Path, dtype: str, vocab_multiple: int | None = None
+) -> tuple[list[Any], Any]:
     import torch
 
     from nemo_spin.bridge.families import architecture_of
@@ -23,7 +25,13 @@ def _build(tp_size: int, pp_size: int, source: Path, dtype: str) -> tuple[list[A
     model = ModelConfig(
         path=str(source), tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size
     )
-    chunks = provider.build_model(architecture, model, params_dtype=getattr(torch, dtype))
+    rows_of_vocabulary = provider.padded_vocab_size
+    if vocab_multiple is not None:  # as on a GPU
+        provider.padded_vocab_size = lambda size, tp: -(-size // (tp * vocab_multiple)) * tp * vocab_multiple
+    try:
+        chunks = provider.build_model(architecture, model, params_dtype=getattr(torch, dtype))
+    finally:
+        provider.padded_vocab_size = rows_of_vocabulary
     for parameter in chunks[0].parameters():
         parameter.data.fill_(float("nan"))  # whatever is not loaded shows
     return chunks, architecture
@@ -37,7 +45,8 @@ def convert(tp_size: int, pp_size: int, source: Path, target: Path, options: dic
     from nemo_spin.bridge.import_hf import load_weights
     from nemo_spin.data.progress import SilentProgress
 
-    chunks, architecture = _build(tp_size, pp_size, source, options.get("params_dtype", "float32"))
+    dtype = options.get("params_dtype", "float32")
+    chunks, architecture = _build(tp_size, pp_size, source, dtype, options.get("vocab_multiple"))
     load_weights(chunks, source, architecture)
     manifest = export_weights(
         chunks,
@@ -78,13 +87,15 @@ def logits(tp_size: int, source: Path, ids: list[list[int]]) -> Any:
     from megatron.core import parallel_state
 
     from nemo_spin.bridge.import_hf import load_weights
+    from nemo_spin.megatron.vocab_parallel import output_weight
 
     chunks, architecture = _build(tp_size, 1, source, "float32")
     load_weights(chunks, source, architecture)
     tokens = torch.tensor(ids)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
-        own = chunks[0](tokens, positions, attention_mask=None).contiguous()
+        hidden_states = chunks[0](tokens, positions, attention_mask=None)
+        own = (hidden_states @ output_weight(chunks[0]).T).contiguous()
     parts = [torch.empty_like(own) for _ in range(tp_size)]
     torch.distributed.all_gather(parts, own, group=parallel_state.get_tensor_model_parallel_group())
     return torch.cat(parts, dim=-1)[..., : architecture.vocab_size].numpy()

@@ -100,6 +100,22 @@ def test_one_data_parallel_replica_writes(tmp_path: Path) -> None:
     assert _hashes(tmp_path / "two") == _hashes(tmp_path / "one")
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_rank_may_hold_nothing_but_padding(tmp_path: Path, tied: bool) -> None:
+    source = make_checkpoint(tmp_path / "source", tie_word_embeddings=tied)
+    run_ranks(ranks.convert, 1, 1, 1, source, tmp_path / "plain", {})
+    # 89 tokens in 2 x 128 rows
+    run_ranks(ranks.convert, 4, 2, 2, source, tmp_path / "padded", {"vocab_multiple": 128})
+    assert _hashes(tmp_path / "padded") == _hashes(tmp_path / "plain")
+
+
+def test_half_precision_parameters_keep_half_precision_weights(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", dtype="bfloat16")
+    for params_dtype in ("bfloat16", "float32"):
+        run_ranks(ranks.convert, 2, 2, 1, source, tmp_path / params_dtype, {"params_dtype": params_dtype})
+    assert _hashes(tmp_path / "bfloat16") == _hashes(tmp_path / "float32")
+
+
 def test_rows_that_pad_the_vocabulary_are_zero(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", tie_word_embeddings=False)
     # 89 tokens in 2 x 45 rows: the second rank holds one row more than there are tokens.
