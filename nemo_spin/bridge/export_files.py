@@ -147,31 +147,33 @@ def base_model(source_dir: Path) -> str:
 def model_card(
     architecture: Architecture, *, dtype: str, num_parameters: int, extra: Mapping[str, Any]
 ) -> str:
-    """A short model card; `extra` is listed as it is, `base_model` in the header too."""
+    """A short model card.
+
+    Args:
+        extra: Facts, listed as they are; `base_model` stands in the header too, and an
+            `iteration` tells that the model comes from self-play.
+    """
     spelt = next(name for name, stored in DTYPE_OF.items() if stored == dtype)
+    is_self_play = extra.get("iteration") is not None
+    tags = "[spin, self-play]" if is_self_play else "[nemo_spin]"
     lines = ["---"]
     if "base_model" in extra:
         lines.append(f"base_model: {json.dumps(str(extra['base_model']))}")
-    lines += [
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [spin, self-play]",
-        "---",
-        "",
-    ]
-    lines += [
-        "# A model fine-tuned with nemo_spin",
-        "",
-        "Fine-tuned by self-play (SPIN, [arXiv 2401.01335](https://arxiv.org/abs/2401.01335)): the model",
-        "learned to tell its own earlier answers from those of the demonstrations.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| architecture | {architecture.hf_architecture} |",
-        f"| parameters | {num_parameters:,} |",
-        f"| weights | {spelt} |",
-    ]
-    lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in extra.items()]
+    lines += ["library_name: transformers", "pipeline_tag: text-generation", f"tags: {tags}", "---", ""]
+    lines += ["# A model written by nemo_spin", ""]
+    if is_self_play:
+        lines += [
+            "Fine-tuned by self-play (SPIN, [arXiv 2401.01335](https://arxiv.org/abs/2401.01335)): the model",
+            "learned to tell its own earlier answers from those of the demonstrations.",
+            "",
+        ]
+    facts = {
+        "architecture": architecture.hf_architecture,
+        "parameters": f"{num_parameters:,}",
+        "weights": spelt,
+        **{key: value for key, value in extra.items() if value is not None},
+    }
+    lines += ["| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -86,7 +86,7 @@ def export_weights(
         CheckpointError: The source cannot be read, or the model does not fit it.
         ExportError: A file could not be written.
     """
-    source_dir, out_dir = Path(source_dir), Path(out_dir)
+    source_dir, out_dir = Path(source_dir), Path(out_dir).resolve()  # a link keeps pointing where it does
     is_first = not distributed.is_initialized() or distributed.get_rank() == 0
 
     def prepare() -> tuple[ExportPlan, list[Placed]]:

@@ -63,6 +63,27 @@ def test_every_layout_writes_the_same_bytes_and_the_source_values(
     assert weights_sha256(source) == weights_sha256(tmp_path / "tp1-pp1")
 
 
+def test_an_export_through_a_link_lands_where_the_link_points(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    for _ in range(2):  # into nothing, then over an export
+        run_ranks(ranks.convert, 1, 1, 1, source, tmp_path / "link", {})
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+    check_checkpoint(tmp_path / "disk" / "model")
+
+
+def test_an_export_over_its_own_source(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", shards=True)
+    (source / "tokenizer.json").write_text("{}")
+    before = weights_sha256(make_checkpoint(tmp_path / "copy", shards=True))
+    run_ranks(ranks.convert, 2, 2, 1, source, source, {"max_shard_bytes": 10**9})
+    assert sorted(path.name for path in source.glob("*.safetensors")) == ["model.safetensors"]
+    assert (source / "tokenizer.json").read_text() == "{}"
+    assert weights_sha256(source) != before
+    check_checkpoint(source)
+
+
 def test_transformers_loads_an_export_with_the_same_weights(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", "qwen2", dtype="bfloat16", tie_word_embeddings=True)
     run_ranks(ranks.convert, 2, 2, 1, source, tmp_path / "target", {})

@@ -63,6 +63,20 @@ def test_regions_are_read_bit_for_bit(tmp_path: Path) -> None:
     np.testing.assert_array_equal(bits, expected.view(torch.int16).numpy())
 
 
+def test_data_at_an_odd_offset_is_read_like_any_other(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, dtype="bfloat16")
+    path = tmp_path / "model.safetensors"
+    expected = open_checkpoint(tmp_path).read(DOWN, ((1, 4), (2, 5)))
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    path.write_bytes(
+        (length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :]
+    )
+    assert open_checkpoint(tmp_path).tensors[DOWN].offset % 2 == 1
+    np.testing.assert_array_equal(open_checkpoint(tmp_path).read(DOWN, ((1, 4), (2, 5))), expected)
+    check_checkpoint(tmp_path)
+
+
 def test_parameters_are_counted_by_headers(tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -132,6 +132,16 @@ def test_the_card_lists_the_facts(tmp_path: Path) -> None:
         assert line in card.splitlines()
 
 
+def test_the_card_speaks_of_self_play_only_where_there_was_some(tmp_path: Path) -> None:
+    architecture = architecture_of(make_checkpoint(tmp_path))
+    cards = [
+        model_card(architecture, dtype="F32", num_parameters=1, extra={"iteration": iteration})
+        for iteration in (0, None)
+    ]
+    assert ["self-play" in card for card in cards] == [True, False]
+    assert "iteration" not in cards[1]
+
+
 def test_the_base_model_is_named_without_its_place(tmp_path: Path) -> None:
     snapshot = make_checkpoint(tmp_path / "models--org--name" / "snapshots" / "0abc")
     os.symlink(snapshot, tmp_path / "opponent")
