@@ -270,6 +270,16 @@ def test_a_full_disk_leaves_no_half_file(
     assert list((tmp_path / "data").iterdir()) == []
 
 
+def test_what_a_killed_call_left_is_cleared(tmp_path: Path, tokenizer_dir: Path) -> None:
+    config = DataConfig(train=str(write_jsonl(tmp_path / "a.jsonl", conversations(5))))
+    whole = prepare(config, tokenizer_dir=tokenizer_dir, out_dir=tmp_path / "whole")
+    (tmp_path / "data").mkdir()
+    for name in (".train.parquet.7.partial", "train.parquet", ".quarantine.parquet.7.partial"):
+        (tmp_path / "data" / name).write_bytes(b"half")
+    assert prepare(config, tokenizer_dir=tokenizer_dir, out_dir=tmp_path / "data") == whole
+    assert not list((tmp_path / "data").glob(".*"))
+
+
 def test_importing_this_room_is_cheap() -> None:
     code = (
         "import sys, nemo_spin.data.prepare, nemo_spin.data.pairs;"
