@@ -68,7 +68,12 @@ class SpinConfig:
     """Self-play. `beta`, `lr` and `epochs` take a scalar or one value per iteration."""
 
     iterations: int = 3
-    loss: str = "logistic"  # logistic | hinge | exponential | correlation
+    loss: str = "logistic"  # logistic | hinge | exponential | correlation | ipo | nca | PLACE:FUNCTION
+    length_normalized: bool = False  # mean over response tokens in place of their sum; beta grows accordingly
+    label_smoothing: float = 0.0  # share of pairs taken to be labelled the wrong way round
+    sft_weight: float = 0.0  # of the real responses' negative log-likelihood, nats per token
+    dpop_weight: float = 0.0  # of a penalty where real log-probabilities fall below the opponent's
+    opponent_mix: float = 0.0  # alpha-SPIN: weight of theta_0 in the opponent of the loss
     beta: Any = 0.1
     lr: Any = 5e-7
     epochs: Any = 2

@@ -7,11 +7,15 @@ in it; `margin = 0` is where every iteration begins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional
+
+_KNEE = 20.0  # e^20 times a gradient, squared for its norm, still fits into float32
 
 
 class PairLogps(NamedTuple):
@@ -45,7 +49,7 @@ def margin(logps: PairLogps, beta: float) -> Tensor:
 
 def logistic(margin: Tensor) -> Tensor:
     """log(1 + e^-t), the paper's choice; ln 2 at t = 0. Linear, not infinite, for t -> -inf."""
-    return functional.softplus(-margin)
+    return -functional.logsigmoid(margin)
 
 
 def hinge(margin: Tensor) -> Tensor:
@@ -54,8 +58,9 @@ def hinge(margin: Tensor) -> Tensor:
 
 
 def exponential(margin: Tensor) -> Tensor:
-    """e^-t. Overflows for t below -88 in float32: the pair is then infinitely wrong."""
-    return (-margin).exp()
+    """e^-t; below t = -20, where it is 5e8 already, its tangent there, so that it stays finite."""
+    tangent = math.exp(_KNEE) * (1.0 - _KNEE - margin)
+    return torch.where(margin < -_KNEE, tangent, (-margin.clamp(min=-_KNEE)).exp())
 
 
 def correlation(margin: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nemo_spin.objective.losses import LOSSES, PairLogps, logistic, margin
+from nemo_spin.objective.losses import LOSSES, PairLogps, exponential, logistic, margin
 
 # At t = ln 3: e^-t = 1/3, so logistic is ln(4/3) with slope -1/4 = -e^-t / (1 + e^-t).
 BY_HAND = [
@@ -59,3 +59,42 @@ def test_a_policy_that_equals_its_opponent_has_margin_zero() -> None:
     logps = torch.randn(64) * 300
     other = torch.randn(64) * 300
     assert torch.equal(margin(PairLogps(logps, other, logps, other), 0.1), torch.zeros(64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("name", "values", "slopes"),
+    [
+        ("logistic", (0.0, 1e4), (0.0, -1.0)),
+        ("hinge", (0.0, 10001.0), (0.0, -1.0)),
+        # below -20 its tangent there: e^20 (1 - 20 + 1e4)
+        ("exponential", (0.0, math.exp(20.0) * 9981.0), (0.0, -math.exp(20.0))),
+        ("correlation", (-9999.0, 10001.0), (-1.0, -1.0)),
+    ],
+)
+def test_extreme_margins(
+    name: str, values: tuple[float, float], slopes: tuple[float, float], dtype: torch.dtype
+) -> None:
+    at = torch.tensor([1e4, -1e4], dtype=dtype, requires_grad=True)
+    loss = LOSSES[name](at)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx(values, rel=1e-6)
+    assert at.grad is not None
+    assert at.grad.tolist() == pytest.approx(slopes, rel=1e-6)
+
+
+def test_the_exponential_loss_meets_its_tangent_smoothly() -> None:
+    at = torch.tensor([-20.0 + 1e-9, -20.0 - 1e-9], dtype=torch.float64, requires_grad=True)
+    loss = exponential(at)
+    loss.sum().backward()
+    assert at.grad is not None
+    assert loss.tolist() == pytest.approx([math.exp(20.0)] * 2, rel=1e-8)
+    assert at.grad.tolist() == pytest.approx([-math.exp(20.0)] * 2, rel=1e-8)
+
+
+@pytest.mark.parametrize("t", [-19.0, -3.0, 0.5, 19.0])
+def test_the_exponential_loss_is_exact_above_it_in_float32(t: float) -> None:
+    at = torch.tensor([t], requires_grad=True)
+    exponential(at).sum().backward()
+    assert exponential(at).item() == pytest.approx(math.exp(-t), rel=1e-6)
+    assert at.grad is not None and at.grad.item() == pytest.approx(-math.exp(-t), rel=1e-6)
