@@ -68,6 +68,8 @@ def _parallel_sizes_divide_the_world(config: Config) -> list[Mistake]:
 def _batches_divide(config: Config) -> list[Mistake]:
     if _parallel_sizes_divide_the_world(config):
         return []  # the data-parallel size is not known before that is mended
+    if config.model.packing != "none":
+        return []  # packed ranks may take different numbers of microbatches
     model, dp_size = config.model, data_parallel_size(config)
     portion = model.micro_batch_size * dp_size
     if model.global_batch_size % portion == 0:
@@ -285,7 +287,7 @@ def _wandb_has_a_project(config: Config) -> list[Mistake]:
 
 RELATIONS: tuple[Relation, ...] = (
     Relation((*_SIZES, *_RANKS), _parallel_sizes_divide_the_world),
-    Relation((*_SIZES, *_RANKS, "model.micro_batch_size", "model.global_batch_size"), _batches_divide),
+    Relation((*_SIZES, *_RANKS, "model.packing", "model.micro_batch_size", "model.global_batch_size"), _batches_divide),
     Relation(("model.sequence_parallel", _SIZES[0]), _sequence_parallel_needs_tensor_parallel),
     Relation(
         ("model.context_parallel_size", "model.expert_model_parallel_size", "generation.replicas"),

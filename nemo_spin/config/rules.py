@@ -56,6 +56,7 @@ RANGES: dict[str, Range] = {
     "model.context_parallel_size": _COUNT,
     "model.expert_model_parallel_size": _COUNT,
     "model.micro_batch_size": _COUNT,
+    "model.micro_batch_tokens": _COUNT,
     "model.global_batch_size": _COUNT,
     "model.optim.weight_decay": Range(low=0),
     "model.optim.eps": _POSITIVE,
@@ -115,6 +116,7 @@ LISTS: dict[str, Range] = {
 }
 
 NAMES: dict[str, tuple[str, ...]] = {
+    "model.packing": ("shared_prompt", "pairs", "none"),
     "model.transformer_impl": ("auto", "transformer_engine", "local"),
     "model.recompute_granularity": ("full",),
     "model.optim.name": ("rmsprop", "adam"),

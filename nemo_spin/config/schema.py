@@ -46,7 +46,9 @@ class ModelConfig:
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
     transformer_impl: str = "auto"  # auto | transformer_engine | local
-    micro_batch_size: int = 4  # pairs per microbatch and data-parallel rank
+    packing: str = "shared_prompt"  # shared_prompt | pairs | none (padded sequences)
+    micro_batch_tokens: int = 4096  # most token positions of a packed microbatch; a longer unit is alone
+    micro_batch_size: int = 4  # pairs per microbatch and data-parallel rank, without packing
     global_batch_size: int = 64  # pairs per optimizer step
     recompute_granularity: str | None = None  # null | full
     use_distributed_optimizer: bool | None = None  # null: on GPUs with data parallelism

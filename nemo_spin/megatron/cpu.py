@@ -12,6 +12,7 @@ backend without a trace.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,8 +66,9 @@ class _Stream:
         """Does nothing."""
 
 
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    return None
+def _ignored() -> Callable[..., None]:
+    """A new function that does nothing: torch.compile wants every name of torch to be its own."""
+    return lambda *args, **kwargs: None
 
 
 _installed: list[TorchFunctionMode] = []
@@ -80,14 +82,14 @@ def install() -> None:
 
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
-    cuda.synchronize = _ignore
-    cuda.set_device = _ignore
-    cuda.empty_cache = _ignore
+    cuda.synchronize = _ignored()
+    cuda.set_device = _ignored()
+    cuda.empty_cache = _ignored()
     cuda.Stream = _Stream
     cuda.current_stream = lambda *args: _Stream()
     cuda.default_stream = lambda *args: _Stream()
     cuda.stream = lambda stream: contextlib.nullcontext()
-    cuda.manual_seed = torch.manual_seed
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     rng: Any = megatron_random

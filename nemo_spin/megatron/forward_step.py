@@ -2,7 +2,7 @@
 
 A schedule calls `forward_step(data_iterator, model)` on every pipeline stage and, on the
 last one, the loss function that comes back with it. Losses are sums; Megatron divides
-their gradient once by the number of weighted units in the global batch.
+their gradient once by their number in the global batch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_spin.data.datasets import Microbatch
+from nemo_spin.data.packing import Microbatch
 from nemo_spin.megatron.runtime import Runtime
-from nemo_spin.megatron.vocab_parallel import sequence_logps, token_logps
+from nemo_spin.megatron.vocab_parallel import output_weight, response_logps
+from nemo_spin.objective.log_probs import response_sums, token_counts
 from nemo_spin.objective.losses import Loss, PairLogps, margin
 
 # What a training or validation step reports, as sums over units; see `summarise`.
@@ -41,62 +42,60 @@ LossOutput = tuple[Tensor, Tensor, Tensor]
 LossFunction = Callable[[Microbatch, Tensor], LossOutput]
 
 
-def policy_logps(microbatch: Microbatch, logits: Tensor, *, vocab_size: int, tp_group: Any) -> Tensor:
-    """Sums of response log-probabilities from the output of the last stage.
+def spin_loss(microbatch: Microbatch, logps: Tensor, *, loss: Loss, beta: float) -> LossOutput:
+    """Sum over the units of a microbatch of the mean SPIN loss of their pairs.
 
     Args:
-        logits: [B, S, V/TP].
-
-    Returns:
-        [B] float32; equal on all ranks of the tensor-parallel group.
+        microbatch: The units.
+        logps: [Q] float32, the policy's sums for all responses.
+        loss: Of the margin.
+        beta: Factor of the margin.
     """
-    at_responses = logits.flatten(0, 1).index_select(0, microbatch.target_positions)
-    per_token = token_logps(at_responses, microbatch.target_ids, vocab_size=vocab_size, tp_group=tp_group)
-    return sequence_logps(per_token, microbatch.target_sequences, microbatch.num_sequences)
-
-
-def spin_loss(microbatch: Microbatch, logps: Tensor, *, loss: Loss, beta: float) -> LossOutput:
-    """Sum of the SPIN loss over the pairs of a microbatch (real and generated alternate)."""
-    weights = microbatch.weights[0::2]
-    pairs = PairLogps(
-        policy_real=logps[0::2],
-        policy_generated=logps[1::2],
-        opponent_real=microbatch.opponent_logps[0::2].float(),
-        opponent_generated=microbatch.opponent_logps[1::2].float(),
-    )
+    real, generated = microbatch.pair_real, microbatch.pair_generated
+    opponent = microbatch.opponent_logps.float()
+    pairs = PairLogps(logps[real], logps[generated], opponent[real], opponent[generated])
     margins = margin(pairs, beta)
-    losses = torch.where(weights > 0, loss(margins), 0.0)
-    tokens = torch.bincount(microbatch.target_sequences, minlength=microbatch.num_sequences)
+    weights = _pair_weights(microbatch)
+    losses = loss(margins)
+    tokens = token_counts(microbatch.target_responses, microbatch.num_responses)
     columns = [
         losses,
         torch.ones_like(weights),
         (margins > 0).float(),
         margins,
         *pairs,
-        tokens[0::2],
-        tokens[1::2],
+        tokens[real],
+        tokens[generated],
     ]
-    return losses.sum(), _count(weights), _weighted_sums(columns, weights)
+    # `where` and not only a product: the loss of a ghost may overflow
+    total = torch.where(weights > 0, losses * weights.float(), 0.0).sum()
+    return total, _count(microbatch.unit_weights.sum()), _weighted_sums(columns, weights)
+
+
+def _pair_weights(microbatch: Microbatch) -> Tensor:
+    """[P] float64: 1/k for each of the k pairs of a unit, 0 for those of a ghost."""
+    pairs_per_unit = torch.bincount(microbatch.pair_units, minlength=len(microbatch.unit_weights))
+    return (microbatch.unit_weights.double() / pairs_per_unit.clamp(min=1))[microbatch.pair_units]
 
 
 def sft_loss(microbatch: Microbatch, logps: Tensor) -> LossOutput:
     """Sum of the negative log-likelihood of real responses; divided by their tokens."""
-    weights = microbatch.weights
-    losses = torch.where(weights > 0, -logps, 0.0)
-    tokens = torch.bincount(microbatch.target_sequences, minlength=microbatch.num_sequences)
-    num_tokens = (tokens * weights).sum()
-    columns = [losses, torch.ones_like(weights), logps, tokens]
-    return losses.sum(), num_tokens.round().to(torch.int), _weighted_sums(columns, weights)
+    weights = microbatch.unit_weights
+    real = logps[microbatch.unit_real]
+    tokens = token_counts(microbatch.target_responses, microbatch.num_responses)[microbatch.unit_real]
+    losses = torch.where(weights > 0, -real, 0.0)
+    columns = [losses, torch.ones_like(weights), real, tokens]
+    return losses.sum(), _count((tokens * weights).sum()), _weighted_sums(columns, weights)
 
 
-def _count(weights: Tensor) -> Tensor:
-    return weights.sum().round().to(torch.int)
+def _count(value: Tensor) -> Tensor:
+    return value.round().to(torch.int)
 
 
 def _weighted_sums(columns: list[Tensor], weights: Tensor) -> Tensor:
     """[len(columns)] float64; ghosts count for nothing, whatever their values."""
     stacked = torch.stack([column.detach().double() for column in columns])
-    return torch.where(weights > 0, stacked, 0.0).sum(dim=-1)
+    return torch.where(weights > 0, stacked * weights, 0.0).sum(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,8 @@ class ForwardStep:
     """Callable that Megatron's schedules take as `forward_step_func`.
 
     Attributes:
-        loss_function: Applied to the log-probabilities on the last stage; None reports
-            them as they are (scoring).
+        loss_function: Applied to the policy's log-probabilities on the last stage; None
+            reports them as they are (scoring).
         vocab_size: Size of the vocabulary without padding.
         runtime: This rank's place.
     """
@@ -118,20 +117,42 @@ class ForwardStep:
         """Runs one microbatch through this stage.
 
         Returns:
-            The stage's output (hidden states, or [B, S, V/TP] logits on the last stage)
-            and the function that makes the loss of it.
+            The stage's hidden states and the function that makes the loss of them.
         """
         microbatch = next(data_iterator)
-        output = model(microbatch.input_ids, microbatch.position_ids, attention_mask=None)
-        return output, partial(self._finish, microbatch)
+        output = model(microbatch.input_ids, microbatch.position_ids, attention_mask=microbatch.segments)
+        return output, partial(self._finish, microbatch, getattr(model, "module", model))
 
-    def _finish(self, microbatch: Microbatch, logits: Tensor, non_loss_data: bool = False) -> Any:
-        logps = policy_logps(
-            microbatch, logits, vocab_size=self.vocab_size, tp_group=self.runtime.tp_group
+    def _finish(
+        self, microbatch: Microbatch, gpt: Any, hidden_states: Tensor, non_loss_data: bool = False
+    ) -> Any:
+        per_token = response_logps(
+            hidden_states,
+            output_weight(gpt),
+            positions=microbatch.target_positions,
+            targets=microbatch.target_ids,
+            vocab_size=self.vocab_size,
+            sequence_parallel=gpt.config.sequence_parallel,
+            tp_group=self.runtime.tp_group,
         )
+        logps = response_sums(per_token, microbatch.target_responses, microbatch.num_responses)
         if self.loss_function is None or non_loss_data:
-            return microbatch.rows, logps.detach()
+            return microbatch, logps.detach()
         return self.loss_function(microbatch, logps)
+
+
+def row_logps(microbatch: Microbatch, logps: Tensor) -> dict[int, tuple[float, float]]:
+    """(real, generated) sums of each table row of a microbatch of pairs."""
+    values = logps.double().tolist()
+    real, generated, units = (
+        column.tolist() for column in (microbatch.pair_real, microbatch.pair_generated, microbatch.pair_units)
+    )
+    rows = [list(unit_rows) for unit_rows in microbatch.unit_rows]
+    result: dict[int, tuple[float, float]] = {}
+    for first, second, unit in zip(real, generated, units, strict=True):
+        if rows[unit]:  # ghosts have none
+            result[rows[unit].pop(0)] = (values[first], values[second])
+    return result
 
 
 def summarise(sums: dict[str, float]) -> dict[str, float]:

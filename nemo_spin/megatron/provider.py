@@ -20,9 +20,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo_spin.config.schema import ModelConfig
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.megatron.architecture import Architecture
-from nemo_spin.megatron.attention import CausalAttention
+from nemo_spin.megatron.attention import SegmentAttention
+from nemo_spin.megatron.vocab_parallel import withhold_logits
 from nemo_spin.megatron.norm import RMSNorm
-from nemo_spin.megatron.rope import concentration_as_scaling_factor, inverse_frequencies
+from nemo_spin.megatron.rope import PositionedRotaryEmbedding, concentration_as_scaling_factor
 
 _GPU_VOCABULARY_MULTIPLE = 128  # rows per rank that GPU matrix kernels like
 
@@ -121,13 +122,15 @@ def transformer_config(
 def layer_spec(architecture: Architecture, *, transformer_engine: bool) -> Any:
     """Spec of one layer: Transformer Engine's, or Megatron's local one with our norm and attention."""
     if transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
+        spec.submodules.self_attention.submodules.core_attention = SegmentAttention
+        return spec
     spec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
     layer = spec.submodules
     layer.input_layernorm = RMSNorm
     layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
-    attention.core_attention = CausalAttention
+    attention.core_attention = SegmentAttention
     if architecture.qk_norm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
@@ -179,9 +182,9 @@ def build_model(
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=architecture.rope.theta,
     )
-    gpt.rotary_pos_emb.inv_freq = inverse_frequencies(architecture.rope, architecture.head_dim).to(
-        torch.cuda.current_device()
-    )
+    gpt.rotary_pos_emb = PositionedRotaryEmbedding(architecture.rope, architecture.head_dim, config)
+    gpt.rotary_pos_emb.attach(gpt)
+    if stage.is_last:
+        withhold_logits(gpt)
     return [gpt.to(torch.cuda.current_device())]

@@ -7,10 +7,12 @@ frequencies, so that attention code and kernels stay Megatron's.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from nemo_spin.megatron.architecture import RopeScaling
 
 
@@ -70,3 +72,41 @@ def concentration_as_scaling_factor(rope: RopeScaling) -> float | None:
     if factor is None:
         return rope.factor
     return math.exp((factor - 1.0) / 0.1) if factor > 1.0 else None
+
+
+class PositionedRotaryEmbedding(RotaryEmbedding):
+    """Rotary angles at the positions of a packed row, where responses continue from their prompt.
+
+    Megatron asks its rotary embedding for the angles of positions 0 ... S-1. This one
+    answers with those of the forward pass's own `position_ids`, which a hook on the model
+    hands over (`attach`).
+
+    Args:
+        rope: Frequencies.
+        head_dim: Channels of a head.
+        config: Megatron's TransformerConfig.
+    """
+
+    def __init__(self, rope: RopeScaling, head_dim: int, config: Any) -> None:
+        super().__init__(
+            kv_channels=head_dim,
+            rotary_percent=1.0,
+            rotary_interleaved=config.rotary_interleaved,
+            use_cpu_initialization=True,
+        )
+        self.inv_freq = inverse_frequencies(rope, head_dim).to(torch.cuda.current_device())
+        self._position_ids: Tensor | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Has `model` (a GPTModel) hand its `position_ids` over at each forward pass."""
+
+        def hand_over(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+
+        model.register_forward_pre_hook(hand_over, with_kwargs=True)
+
+    def forward(self, max_seq_len: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Angles of the forward pass in progress. [S, 1, 1, head_dim] float32; rows share positions."""
+        assert self._position_ids is not None, "attach() comes before the first forward pass"
+        angles = torch.outer(self._position_ids[0].float(), self.inv_freq)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]

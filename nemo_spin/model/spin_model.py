@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 
 from nemo_spin.bridge.families import architecture_of
 from nemo_spin.bridge.import_hf import load_weights
-from nemo_spin.data.datasets import Batches, Rows
+from nemo_spin.data.datasets import PAIRS, REAL_ONLY, Batches, Units
 from nemo_spin.data.pairs import prepared_rows, training_rows
 from nemo_spin.errors import GateError, explain
-from nemo_spin.megatron.engine import Engine
+from nemo_spin.megatron.engine import Engine, layout_of
 from nemo_spin.megatron.forward_step import SFT_SUMS, SPIN_SUMS, LossFunction, sft_loss, spin_loss, summarise
 from nemo_spin.megatron.learning_rate import learning_rate
 from nemo_spin.megatron.optimizers import build_optimizer, uses_distributed_optimizer, wrap_for_training
@@ -34,7 +34,7 @@ from nemo_spin.model.settings import TrainingJob
 from nemo_spin.objective.losses import LOSSES
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
-_EVALUATION_MICROBATCHES = 8  # per data-parallel rank and schedule call, for held-out rows
+_EVALUATION_UNITS = 256  # per data-parallel rank and schedule call, for held-out rows
 
 
 class MegatronGPTSPINModel(ModelPT):
@@ -51,8 +51,8 @@ class MegatronGPTSPINModel(ModelPT):
         self.runtime = runtime
         self.engine: Engine | None = None
         self.last_metrics: dict[str, float] = {}
-        self._heldout: Rows | None = None
-        self._rows: Rows
+        self._heldout: Units | None = None
+        self._units: Units
         self._adapter: MegatronOptimizerAdapter
         super().__init__(OmegaConf.create({"job": job.as_plain()}), trainer)
         self.setup_training_data({"split": "train"})
@@ -67,25 +67,25 @@ class MegatronGPTSPINModel(ModelPT):
 
     def setup_training_data(self, train_data_config: Any) -> None:
         """Reads the training rows; one Lightning batch is one optimizer step."""
-        self._rows = self._read(train_data_config["split"])
+        self._units = self._read(train_data_config["split"])
         self._train_dl = DataLoader(range(self.num_steps), batch_size=None)
 
     def setup_validation_data(self, val_data_config: Any) -> None:
         """Reads the held-out rows; they are one Lightning batch."""
-        rows = self._read(val_data_config["split"])
-        self._heldout = rows if rows.num_rows else None
+        units = self._read(val_data_config["split"])
+        self._heldout = units if units.num_units else None
         self._validation_dl = DataLoader(range(1), batch_size=None)
 
-    def _read(self, split: str) -> Rows:
+    def _read(self, split: str) -> Units:
         if self.job.objective == "sft":
-            return Rows(prepared_rows(self.job.rows, split), ("real_ids",))
-        return Rows(training_rows(self.job.rows, split))
+            return Units(prepared_rows(self.job.rows, split), REAL_ONLY)
+        return Units(training_rows(self.job.rows, split), PAIRS)
 
     @property
     def batches(self) -> Batches:
         """The global batches of this training."""
         return Batches(
-            num_rows=self._rows.num_rows,
+            num_units=self._units.num_units,
             global_batch_size=self.job.model.global_batch_size,
             epochs=self.job.epochs,
             seed=self.job.seed,
@@ -114,7 +114,7 @@ class MegatronGPTSPINModel(ModelPT):
             wrapped, job.optim, lr=job.lr, params_dtype=dtype, distributed=distributed
         )
         self.engine = Engine(
-            wrapped, self.runtime, architecture.vocab_size, job.model.micro_batch_size, optimizer
+            wrapped, self.runtime, architecture.vocab_size, layout_of(job.model), optimizer
         )
 
     def configure_optimizers(self) -> MegatronOptimizerAdapter:
@@ -146,7 +146,7 @@ class MegatronGPTSPINModel(ModelPT):
         assert self.engine is not None, "configure_model comes first"
         start, step = time.monotonic(), self.trainer.global_step
         sums = self.engine.backward(
-            self._rows, self.batches.indices(step), loss=self.loss_function, names=self._names
+            self._units, self.batches.indices(step), loss=self.loss_function, names=self._names
         )
         self.last_metrics = summarise(sums)
         self._check_first_loss(step)
@@ -181,9 +181,10 @@ class MegatronGPTSPINModel(ModelPT):
         assert self.engine is not None, "configure_model comes first"
         if self._heldout is None:
             return {}
-        batch_rows = self.job.model.micro_batch_size * self.runtime.dp_size * _EVALUATION_MICROBATCHES
         sums = self.engine.evaluate(
-            self._heldout, batch_rows=batch_rows, loss=self.loss_function, names=self._names
+            self._heldout,
+            batch_units=_EVALUATION_UNITS * self.runtime.dp_size,            loss=self.loss_function,
+            names=self._names,
         )
         return summarise(sums)
 

@@ -81,8 +81,13 @@ def with_opponent(table: pa.Table, opponent_logps: torch.Tensor) -> pa.Table:
     return table
 
 
-def spin_step(directory: Path, table: pa.Table, beta: float) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean logistic SPIN loss of all pairs, and its gradient for every tensor of the checkpoint."""
+def spin_step(
+    directory: Path, table: pa.Table, beta: float, weights: torch.Tensor | None = None
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Logistic SPIN loss of all pairs, weighted (their mean by default), and its gradient.
+
+    The gradient has an entry for every tensor of the checkpoint.
+    """
     model = load(directory)
     policy = logps(model, table)
     opponent = torch.tensor(
@@ -90,6 +95,7 @@ def spin_step(directory: Path, table: pa.Table, beta: float) -> tuple[float, dic
     )
     gains = policy - opponent
     margins = beta * (gains[:, 0] - gains[:, 1])
-    loss = torch.log1p(torch.exp(-margins)).mean()
+    losses = torch.log1p(torch.exp(-margins))
+    loss = losses.mean() if weights is None else (weights * losses).sum()
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}

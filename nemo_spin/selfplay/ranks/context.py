@@ -13,7 +13,7 @@ from nemo_spin.bridge.families import architecture_of
 from nemo_spin.config.schema import Config
 from nemo_spin.data.progress import Progress
 from nemo_spin.megatron.architecture import Architecture
-from nemo_spin.megatron.engine import Engine
+from nemo_spin.megatron.engine import Engine, layout_of
 from nemo_spin.megatron.provider import build_model
 from nemo_spin.megatron.runtime import Runtime
 from nemo_spin.selfplay.run_directory import IterationDirectory, RunDirectory
@@ -68,6 +68,6 @@ class StageContext:
         if load is not None:
             load(chunks, architecture)
         engine = Engine(
-            chunks, self.runtime, architecture.vocab_size, self.config.model.micro_batch_size
+            chunks, self.runtime, architecture.vocab_size, layout_of(self.config.model)
         )
         return engine, architecture

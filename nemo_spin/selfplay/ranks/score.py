@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from nemo_spin.bridge.import_hf import load_weights
 from nemo_spin.data.columns import SCORED
-from nemo_spin.data.datasets import Rows
+from nemo_spin.data.datasets import Units
 from nemo_spin.data.files import atomic_path, remove_partials, write_json, write_manifest
 from nemo_spin.data.pairs import shard_paths
 from nemo_spin.errors import GateError, explain
@@ -29,7 +29,7 @@ from nemo_spin.selfplay.ranks.context import StageContext
 # and what Megatron computes. Both run the same weights in the same precision; measured
 # differences are below 1e-4 in float32 and about 1e-2 in bfloat16.
 _SAMPLER_TOLERANCES = {"32": 1e-3, "bf16": 5e-2}
-_MICROBATCHES_PER_CALL = 16  # per data-parallel rank: how often progress is reported
+_UNITS_PER_CALL = 64  # per data-parallel rank: how often progress is reported
 
 
 def score(context: StageContext) -> None:
@@ -102,16 +102,16 @@ def _report(context: StageContext, before: int, total: int, done: int) -> None:
 
 def _score_shard(context: StageContext, engine: Engine, source: Path, target: Path, *, report: Any) -> None:
     table = pq.read_table(source, partitioning=None)
-    rows = Rows(table)
-    by_length = np.argsort(rows.lengths(), kind="stable")
-    size = context.config.model.micro_batch_size * context.runtime.dp_size * _MICROBATCHES_PER_CALL
-    logps: dict[int, list[float]] = {}
-    for start in range(0, rows.num_rows, size):
-        logps.update(engine.score(rows, by_length[start : start + size]))
-        report(min(start + size, rows.num_rows))
+    units = Units(table)
+    by_length = np.argsort(engine.layout.unit_tokens(units, np.arange(units.num_units)), kind="stable")
+    size = context.runtime.dp_size * _UNITS_PER_CALL
+    logps: dict[int, tuple[float, float]] = {}
+    for start in range(0, units.num_units, size):
+        logps.update(engine.score(units, by_length[start : start + size]))
+        report(len(logps))
     with first_rank_writes(context.runtime) as writes:
         if writes:
-            scored = [logps[row] for row in range(rows.num_rows)]
+            scored = [logps[row] for row in range(table.num_rows)]
             for index, kind in enumerate(("real", "generated")):
                 values = pa.array([values[index] for values in scored], pa.float64())
                 table = table.append_column(f"opponent_{kind}_logps", values)

@@ -18,15 +18,17 @@ Layout = tuple[int, int, int, bool]
 
 
 def _steps(engine: Any, table: pa.Table, first: int, last: int) -> list[float]:
-    from nemo_spin.data.datasets import Rows
+    import numpy as np
+
+    from nemo_spin.data.datasets import Units
     from nemo_spin.megatron.forward_step import SPIN_SUMS, spin_loss
     from nemo_spin.objective.losses import LOSSES
 
-    rows, losses = Rows(table), []
+    units, losses = Units(table), []
     for step in range(first, last):
-        indices = [(step * 3 + i) % table.num_rows for i in range(4)]
+        indices = np.array([(step * 3 + i) % table.num_rows for i in range(4)])
         loss = partial(spin_loss, loss=LOSSES["logistic"], beta=1.0)
-        losses.append(engine.backward(rows, indices, loss=loss, names=SPIN_SUMS)["loss"])
+        losses.append(engine.backward(units, indices, loss=loss, names=SPIN_SUMS)["loss"])
         engine.update(1e-3)
     return losses
 
@@ -37,7 +39,7 @@ def _save_half_way(
     from nemo_spin.config.schema import OptimConfig
     from nemo_spin.megatron.checkpoint import save_checkpoint
 
-    engine, _ = _engine(model_dir, layout, 2, optim=OptimConfig(name=optim))
+    engine, _ = _engine(model_dir, layout, optim=OptimConfig(name=optim))
     losses = _steps(engine, table, 0, 4)
     save_checkpoint(engine, directory, step=4, common={"answer": 42, "nested": [1, "a"]}, keep=2)
     return losses + _steps(engine, table, 4, 8)
@@ -47,7 +49,7 @@ def _go_on(model_dir: Path, directory: Path, table: pa.Table, layout: Layout, op
     from nemo_spin.config.schema import OptimConfig
     from nemo_spin.megatron.checkpoint import latest_checkpoint, load_checkpoint
 
-    engine, _ = _engine(model_dir, layout, 2, optim=OptimConfig(name=optim))
+    engine, _ = _engine(model_dir, layout, optim=OptimConfig(name=optim))
     path = latest_checkpoint(directory)
     assert path is not None
     assert load_checkpoint(engine, path) == {"answer": 42, "nested": [1, "a"]}
@@ -71,7 +73,7 @@ def test_a_checkpoint_continues_at_any_other_layout(tmp_path: Path, optim: str) 
 def _save_many(model_dir: Path, directory: Path) -> list[str]:
     from nemo_spin.megatron.checkpoint import list_checkpoints, save_checkpoint
 
-    engine, _ = _engine(model_dir, (1, 1, 1, False), 2)
+    engine, _ = _engine(model_dir, (1, 1, 1, False))
     _steps(engine, reference.with_opponent(reference.make_pairs(4), torch.zeros(4, 2)), 0, 1)
     for step in (5, 10, 15):
         save_checkpoint(engine, directory, step=step, common={}, keep=2)
@@ -89,7 +91,7 @@ def _load_damaged(model_dir: Path, path: Path) -> str:
     from nemo_spin.errors import CheckpointError
     from nemo_spin.megatron.checkpoint import load_checkpoint
 
-    engine, _ = _engine(model_dir, (1, 1, 1, False), 2)
+    engine, _ = _engine(model_dir, (1, 1, 1, False))
     try:
         load_checkpoint(engine, path)
     except CheckpointError as error:

@@ -29,14 +29,15 @@ LAYOUTS = [
 ]
 BETA = 0.7
 NUM_ROWS = 7  # no multiple of any batch size: ghosts fill the last microbatch
+PACKINGS = ["shared_prompt", "pairs", "none"]
 
 
-def _engine(model_dir: Path, layout: tuple[int, int, int, bool], micro_batch_size: int, **model: Any) -> Any:
+def _engine(model_dir: Path, layout: tuple[int, int, int, bool], **model: Any) -> Any:
     """Runs in every rank: the policy, loaded, wrapped for training, with its optimizer."""
     from nemo_spin.bridge.families import architecture_of
     from nemo_spin.bridge.import_hf import load_weights
     from nemo_spin.config.schema import ModelConfig
-    from nemo_spin.megatron.engine import Engine
+    from nemo_spin.megatron.engine import Engine, layout_of
     from nemo_spin.megatron.optimizers import build_optimizer, wrap_for_training
     from nemo_spin.megatron.provider import build_model
     from nemo_spin.megatron.runtime import initialize
@@ -48,7 +49,7 @@ def _engine(model_dir: Path, layout: tuple[int, int, int, bool], micro_batch_siz
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         sequence_parallel=sequence_parallel and tensor > 1,
-        **model,
+        **{"micro_batch_tokens": 60, "micro_batch_size": 2, **model},
     )
     config.optim.clip_grad = 0.0
     architecture = architecture_of(model_dir)
@@ -58,14 +59,19 @@ def _engine(model_dir: Path, layout: tuple[int, int, int, bool], micro_batch_siz
     optimizer = build_optimizer(
         wrapped, config.optim, lr=1e-3, params_dtype=torch.float32, distributed=False
     )
-    return Engine(wrapped, runtime, architecture.vocab_size, micro_batch_size, optimizer), architecture
+    return Engine(wrapped, runtime, architecture.vocab_size, layout_of(config), optimizer), architecture
 
 
-def _score(model_dir: Path, table: pa.Table, layout: tuple[int, int, int, bool]) -> list[list[float]]:
-    from nemo_spin.data.datasets import Rows
+def _score(
+    model_dir: Path, table: pa.Table, layout: tuple[int, int, int, bool], packing: str
+) -> list[tuple[float, float]]:
+    import numpy as np
 
-    engine, _ = _engine(model_dir, layout, 2)
-    scored = engine.score(Rows(table), range(table.num_rows))
+    from nemo_spin.data.datasets import Units
+
+    engine, _ = _engine(model_dir, layout, packing=packing)
+    units = Units(table)
+    scored = engine.score(units, np.arange(units.num_units))
     return [scored[row] for row in range(table.num_rows)]
 
 
@@ -74,20 +80,22 @@ def _step(
     table_path: Path,
     out_dir: Path,
     layout: tuple[int, int, int, bool],
-    micro_batch_size: int,
     model: dict[str, Any],
 ) -> dict[str, float]:
     """One backward pass; gradients are written as if they were weights."""
+    import numpy as np
+
     from nemo_spin.bridge.export_hf import export_weights
-    from nemo_spin.data.datasets import Rows
+    from nemo_spin.data.datasets import Units
     from nemo_spin.data.progress import SilentProgress
     from nemo_spin.megatron.forward_step import SPIN_SUMS, spin_loss
     from nemo_spin.objective.losses import LOSSES
 
-    engine, architecture = _engine(model_dir, layout, micro_batch_size, **model)
-    rows = Rows(pq.read_table(table_path))
+    engine, architecture = _engine(model_dir, layout, **model)
+    units = Units(pq.read_table(table_path))
+    everything = np.arange(units.num_units)
     loss = partial(spin_loss, loss=LOSSES["logistic"], beta=BETA)
-    sums = engine.backward(rows, range(rows.num_rows), loss=loss, names=SPIN_SUMS)
+    sums = engine.backward(units, everything, loss=loss, names=SPIN_SUMS)
     with torch.no_grad():
         for chunk in engine.chunks:
             for parameter in chunk.parameters():
@@ -100,7 +108,6 @@ def _step(
         dtype=None,
         progress=SilentProgress(),
     )
-    engine.backward(rows, range(rows.num_rows), loss=loss, names=SPIN_SUMS)
     return {"loss": sums["loss"] / sums["units"], "units": sums["units"], "correct": sums["correct"]}
 
 
@@ -113,12 +120,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return reference.make_model(tmp_path_factory.mktemp("llama"))
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_scores_are_those_of_transformers_in_float64(llama: Path, layout: tuple[int, int, int, bool]) -> None:
+def test_scores_are_those_of_transformers_in_float64(
+    llama: Path, layout: tuple[int, int, int, bool], packing: str
+) -> None:
     table = reference.make_pairs(NUM_ROWS)
     with torch.no_grad():
         expected = reference.logps(reference.load(llama), table)
-    scored = torch.tensor(run_ranks(_score, ranks(layout), llama, table, layout), dtype=torch.float64)
+    scored = torch.tensor(run_ranks(_score, ranks(layout), llama, table, layout, packing), dtype=torch.float64)
     assert (scored - expected).abs().max() < 1e-3
 
 
@@ -141,13 +151,10 @@ def check_step(
     model_dir: Path,
     out_dir: Path,
     layout: tuple[int, int, int, bool],
-    micro_batch_size: int,
     **model: Any,
 ) -> None:
-    result = run_ranks(
-        _step, ranks(layout), model_dir, step["table"], out_dir, layout, micro_batch_size, model
-    )
-    assert result["units"] == NUM_ROWS
+    result = run_ranks(_step, ranks(layout), model_dir, step["table"], out_dir, layout, model)
+    assert result["units"] == step.get("units", NUM_ROWS)
     assert result["loss"] == pytest.approx(step["loss"], rel=1e-5)
     written: dict[str, torch.Tensor] = {}
     for shard in out_dir.glob("*.safetensors"):
@@ -158,22 +165,62 @@ def check_step(
         assert difference < 1e-5, f"{name}: relative difference {difference:.2g}"
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_gradients_do_not_depend_on_the_layout(
-    llama: Path, step: dict[str, Any], tmp_path: Path, layout: tuple[int, int, int, bool]
+def test_loss_and_gradients_depend_neither_on_the_layout_nor_on_packing(
+    llama: Path, step: dict[str, Any], tmp_path: Path, layout: tuple[int, int, int, bool], packing: str
 ) -> None:
-    check_step(step, llama, tmp_path / "gradients", layout, 2)
+    check_step(step, llama, tmp_path / "gradients", layout, packing=packing)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
 def test_loss_and_gradients_do_not_depend_on_the_microbatch(
     llama: Path, step: dict[str, Any], tmp_path: Path, micro_batch_size: int
 ) -> None:
-    check_step(step, llama, tmp_path / "gradients", (1, 1, 1, False), micro_batch_size)
+    check_step(
+        step,
+        llama,
+        tmp_path / "gradients",
+        (1, 1, 1, False),
+        packing="none",
+        micro_batch_size=micro_batch_size,
+    )
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 1000])
+def test_loss_and_gradients_do_not_depend_on_the_size_of_a_packed_row(
+    llama: Path, step: dict[str, Any], tmp_path: Path, micro_batch_tokens: int
+) -> None:
+    """1: every unit is longer than a row and gets one of its own; 1000: all share one row."""
+    check_step(
+        step, llama, tmp_path / "gradients", (2, 1, 1, True), micro_batch_tokens=micro_batch_tokens
+    )
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_several_generations_of_a_prompt_share_its_weight(
+    llama: Path, tmp_path: Path, packing: str
+) -> None:
+    """Two units, with 3 and 1 generations: the loss is the mean over units of the mean over pairs."""
+    table = reference.make_pairs(4)
+    first = table.slice(0, 1).to_pylist()[0]
+    rows = table.to_pylist()
+    for row in rows[:3]:
+        row.update(prompt_ids=first["prompt_ids"], real_ids=first["real_ids"])
+    table = pa.Table.from_pylist(rows, schema=table.schema)
+    table = reference.with_opponent(table, torch.full((4, 2), -21.0, dtype=torch.float64))
+    weights = torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0], dtype=torch.float64) / 2
+    loss, gradients = reference.spin_step(llama, table, BETA, weights)
+    table = table.append_column("id", pa.array(["a", "a", "a", "b"])).append_column(
+        "iteration", pa.array([0, 0, 0, 0], pa.int32())
+    )
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    step = {"table": tmp_path / "pairs.parquet", "loss": loss, "gradients": gradients, "units": 2}
+    check_step(step, llama, tmp_path / "gradients", (1, 2, 1, False), packing=packing)
 
 
 def test_recomputation_changes_no_gradient(llama: Path, step: dict[str, Any], tmp_path: Path) -> None:
-    check_step(step, llama, tmp_path / "gradients", (1, 2, 1, False), 2, recompute_granularity="full")
+    check_step(step, llama, tmp_path / "gradients", (1, 2, 1, False), recompute_granularity="full")
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1, False), (2, 2, 1, True)])
@@ -196,5 +243,4 @@ def test_norms_on_heads_and_tied_embeddings_get_their_whole_gradient(
         model_dir,
         tmp_path / "gradients",
         layout,
-        2,
     )

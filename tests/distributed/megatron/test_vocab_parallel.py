@@ -1,4 +1,4 @@
-"""Vocabulary-parallel log-probabilities and their gradient, against plain float64 autograd."""
+"""The head without logits: values and both gradients, against plain float64 autograd through logits."""
 
 from __future__ import annotations
 
@@ -10,32 +10,41 @@ from tests.distributed.harness import run_ranks
 TOKENS, HIDDEN = 13, 8
 
 
-def _case(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _case(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(vocab_size)
-    logits = 30.0 * torch.randn(TOKENS, vocab_size, generator=generator, dtype=torch.float64)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = 3.0 * torch.randn(vocab_size, HIDDEN, generator=generator, dtype=torch.float64)
     targets = torch.randint(0, vocab_size, (TOKENS,), generator=generator)
-    weights = torch.randn(TOKENS, generator=generator, dtype=torch.float64)
-    return logits, targets, weights
+    factors = torch.randn(TOKENS, generator=generator, dtype=torch.float64)
+    return hidden, weight, targets, factors
 
 
-def _vocab_parallel(vocab_size: int, padded: int, tensor: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _without_logits(
+    vocab_size: int, padded: int, tensor: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from torch import distributed
 
+    from nemo_spin.megatron import vocab_parallel
     from nemo_spin.megatron.runtime import initialize
-    from nemo_spin.megatron.vocab_parallel import token_logps
 
     runtime = initialize(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=1, seed=1)
-    logits, targets, weights = _case(vocab_size)
+    vocab_parallel._LOGITS_PER_CHUNK = 40  # several chunks, the last one short
+    hidden, weight, targets, factors = _case(vocab_size)
     # padding rows hold what no rank may ever look at
-    full = torch.full((TOKENS, padded), 1e4)
-    full[:, :vocab_size] = logits.float()
-    mine = full.chunk(tensor, dim=-1)[runtime.tp_rank].contiguous().requires_grad_()
-    logps = token_logps(mine, targets, vocab_size=vocab_size, tp_group=runtime.tp_group)
-    (logps * weights.float()).sum().backward()
-    assert mine.grad is not None
+    full = torch.full((padded, HIDDEN), 1e4, dtype=dtype)
+    full[:vocab_size] = weight.to(dtype)
+    mine = full.chunk(tensor)[runtime.tp_rank].clone().requires_grad_()
+    hidden = hidden.to(dtype).requires_grad_()
+    logps = vocab_parallel.logps_without_logits(
+        hidden, mine, targets, vocab_size=vocab_size, tp_group=runtime.tp_group
+    )
+    assert logps.dtype == torch.float32
+    (logps * factors.float()).sum().backward()
+    assert mine.grad is not None and hidden.grad is not None
+    distributed.all_reduce(hidden.grad, group=runtime.tp_group)
     parts = [torch.empty_like(mine.grad) for _ in range(tensor)]
     distributed.all_gather(parts, mine.grad, group=runtime.tp_group)
-    return logps.detach(), torch.cat(parts, dim=-1)
+    return logps.detach(), hidden.grad, torch.cat(parts)
 
 
 @pytest.mark.parametrize(
@@ -43,13 +52,20 @@ def _vocab_parallel(vocab_size: int, padded: int, tensor: int) -> tuple[torch.Te
     [(10, 10, 1), (10, 12, 1), (10, 10, 2), (9, 10, 2), (5, 12, 2), (7, 16, 4)],
     ids=["plain", "padded", "split", "split-padded", "a-rank-of-padding", "two-ranks-of-padding"],
 )
-def test_values_and_gradients(vocab_size: int, padded: int, tensor: int) -> None:
-    logps, grad = run_ranks(_vocab_parallel, tensor, vocab_size, padded, tensor)
-    logits, targets, weights = _case(vocab_size)
-    logits.requires_grad_()
-    expected = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
-    (expected * weights).sum().backward()
-    assert logits.grad is not None
-    torch.testing.assert_close(logps.double(), expected.detach(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(grad[:, :vocab_size].double(), logits.grad, rtol=1e-4, atol=1e-5)
-    assert not grad[:, vocab_size:].any(), "rows that pad the vocabulary get no gradient"
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"), [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 2e-2, 0.15)], ids=["fp32", "bf16"]
+)
+def test_values_and_gradients(
+    vocab_size: int, padded: int, tensor: int, dtype: torch.dtype, rtol: float, atol: float
+) -> None:
+    logps, grad_hidden, grad_weight = run_ranks(_without_logits, tensor, vocab_size, padded, tensor, dtype)
+    hidden, weight, targets, factors = _case(vocab_size)
+    hidden = hidden.to(dtype).double().requires_grad_()
+    weight = weight.to(dtype).double().requires_grad_()
+    expected = (hidden @ weight.t()).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    (expected * factors).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    torch.testing.assert_close(logps.double(), expected.detach(), rtol=rtol, atol=atol)
+    torch.testing.assert_close(grad_hidden.double(), hidden.grad, rtol=rtol, atol=atol)
+    torch.testing.assert_close(grad_weight[:vocab_size].double(), weight.grad, rtol=rtol, atol=atol)
+    assert not grad_weight[vocab_size:].any(), "rows that pad the vocabulary get no gradient"
