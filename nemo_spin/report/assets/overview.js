@@ -1,0 +1,144 @@
+// What one wants to know first: the models side by side, and where the time went.
+
+const MODEL_COLUMNS = [
+  ['greedy_score', 'score, greedy', number, 1],
+  ['sampled_score', 'score, sampled', number, 1],
+  ['sampled_equal_share', 'as demonstrated', share, 0],
+  ['sampled_mean_length', 'answer length', number, 0],
+  ['sampled_cut_share', 'cut', share, 0],
+  ['policy_real_logps_per_token', 'real log-prob per token', number, 1],
+  ['policy_generated_logps_per_token', 'generated log-prob per token', number, 0],
+  ['loss', 'held-out loss', number, 0],
+  ['margin', 'held-out margin', number, 0],
+  ['accuracy', 'held-out accuracy', share, 0],
+  ['train_loss', 'training loss', number, 0],
+  ['steps', 'steps', whole, 0],
+  ['seconds', 'time', duration, 0],
+];
+
+const TILES = [
+  ['greedy_score', 'Score, greedy', number, 1],
+  ['sampled_score', 'Score, sampled', number, 1],
+  ['policy_real_logps_per_token', 'Real log-prob per token, held out', number, 1],
+  ['sampled_mean_length', 'Answer length, tokens', number, 0],
+  ['sampled_cut_share', 'Answers cut by the limit', share, -1],
+];
+
+function overview(section, report) {
+  heading(section, 'Models side by side', report.runs.length > 1
+    ? 'θ0 is where a run starts; every iteration makes the next model. Held-out numbers are of pairs with answers of the iteration’s opponent.'
+    : 'θ0 is where the run starts; every iteration makes the next model. Held-out numbers are of pairs with answers of the iteration’s opponent.');
+  for (const run of report.runs) {
+    if (run.notes.length) {
+      section.append(el('div', { class: 'card notes' },
+        el('h3', null, report.runs.length > 1 ? `Worth knowing about ${run.name}` : 'Worth knowing'),
+        el('ul', { class: 'small' }, run.notes.map((note) => el('li', null, note)))));
+    }
+  }
+  if (report.runs.length === 1) section.append(tiles(report.runs[0]));
+  section.append(modelTable(report));
+  const scores = scorePlots(report);
+  if (scores.length) section.append(el('div', { class: 'plots', style: { 'margin-top': '.9rem' } }, scores));
+}
+
+function tiles(run) {
+  const made = [];
+  for (const [name, title, format, better] of TILES) {
+    const known = run.models.map((model) => model.values[name]).filter(isNumber);
+    if (!known.length) continue;
+    const [first, last] = [known[0], known[known.length - 1]];
+    const isBetter = better * (last - first) > 0;
+    const isJudged = better !== 0 && first !== last && known.length > 1;
+    made.push(el('div', { class: 'card tile' },
+      el('div', { class: 'quiet small' }, title),
+      el('div', { class: 'value' },
+        known.length > 1 ? el('span', { class: 'from' }, `${format(first)} → `) : null,
+        el('span', { class: isJudged ? (isBetter ? 'better' : 'worse') : '' }, format(last)))));
+  }
+  const seconds = allSeconds(run);
+  if (seconds) {
+    made.push(el('div', { class: 'card tile' },
+      el('div', { class: 'quiet small' }, 'Time in all'), el('div', { class: 'value' }, duration(seconds))));
+  }
+  return el('div', { class: 'tiles' }, made);
+}
+
+function allSeconds(run) {
+  return [run, ...run.parts].flatMap((part) => Object.values(part.times)).reduce((sum, time) => sum + time.seconds, 0);
+}
+
+function modelTable(report) {
+  const models = report.runs.flatMap((run) => run.models.map((model) => ({ run, ...model })));
+  const columns = MODEL_COLUMNS.filter(([name]) => models.some((model) => isNumber(model.values[name])));
+  const best = new Map(columns.map(([name, , , better]) => {
+    const known = models.map((model) => model.values[name]).filter(isNumber);
+    return [name, better && known.length > 1 && new Set(known).size > 1 ? Math.max(...known) : null];
+  }));
+  const isSeveral = report.runs.length > 1;
+  const rows = models.map((model, index) => el('tr', null,
+    isSeveral ? el('td', null, model.run === models[index - 1]?.run ? '' : runLabel(report, model.run)) : null,
+    el('td', null, el('b', null, model.label)),
+    columns.map(([name, , format]) => el('td', { class: best.get(name) === model.values[name] && isNumber(model.values[name]) ? 'best' : '' }, format(model.values[name])))));
+  return el('div', { class: 'card scroll' }, el('table', { id: 'models' },
+    el('thead', null, el('tr', null, isSeveral ? el('th', null, 'run') : null, el('th', null, 'model'),
+      columns.map(([, title]) => el('th', null, title)))),
+    el('tbody', null, rows)));
+}
+
+function runLabel(report, run) {
+  return el('span', null, el('i', { class: 'swatch', style: { background: color(report.runs.indexOf(run)) } }), run.name);
+}
+
+function scorePlots(report) {
+  const isSeveral = report.runs.length > 1;
+  return [['score', 'Score of held-out answers'], ['mean_length', 'Length of held-out answers']].map(([name, title]) => {
+    const series = report.runs.flatMap((run, runIndex) => ['greedy', 'sampled'].map((way, index) => {
+      const ys = run.models.map((model) => model.values[`${way}_${name}`]);
+      return {
+        name: isSeveral ? `${run.name}, ${way}` : way,
+        xs: ys.map((_, place) => place),
+        ys,
+        color: color(isSeveral ? runIndex : index),
+        dash: way === 'sampled' ? '5 4' : null,
+        dots: true,
+        joined: true,
+      };
+    })).filter((one) => one.ys.filter(isNumber).length > 1);
+    return series.length ? plotCard({
+      title, series, unit: name === 'mean_length' ? 'tokens' : '', xName: 'model', xText: (place) => `θ${Math.round(place)}`, keys: true,
+    }, lines) : null;
+  }).filter(Boolean);
+}
+
+const STAGE_COLORS = { prepare: 6, generate: 1, score: 2, train: 0, sft: 0, export: 3, evaluate: 5 };
+
+function timeSection(section, report) {
+  const rows = report.runs.flatMap((run) => [
+    { label: 'before the first iteration', times: run.times }, ...run.parts,
+  ].filter((part) => Object.keys(part.times).length).map((part) => ({
+    label: report.runs.length > 1 ? `${run.name}, ${part.label}` : part.label,
+    times: Object.entries(part.times),
+    total: Object.values(part.times).reduce((sum, time) => sum + time.seconds, 0),
+  })));
+  if (!rows.length) return;
+  heading(section, 'Where the time went', 'All attempts of a stage together.');
+  const longest = Math.max(...rows.map((row) => row.total)) || 1;
+  const stages = [...new Set(rows.flatMap((row) => row.times.map(([stage]) => stage)))];
+  section.append(el('div', { class: 'card' },
+    el('div', { class: 'bars' }, rows.map((row) => el('div', { class: 'timed' },
+      el('span', null, row.label),
+      el('div', { class: 'bar', style: { width: `${(100 * row.total) / longest}%` } }, row.times.map(([stage, time]) => el('span', {
+        style: { 'flex-grow': Math.max(time.seconds, row.total / 500), background: color(STAGE_COLORS[stage] ?? 4) },
+        title: `${stage}: ${duration(time.seconds)}`,
+      }))),
+      el('span', { class: 'total' }, duration(row.total))))),
+    el('div', { class: 'scroll', style: { 'margin-top': '1rem' } }, el('table', null,
+      el('thead', null, el('tr', null, el('th', null, ''), stages.map((stage) => el('th', null,
+        el('i', { class: 'swatch', style: { background: color(STAGE_COLORS[stage] ?? 4) } }), stage)), el('th', null, 'in all'))),
+      el('tbody', null, rows.map((row) => {
+        const times = Object.fromEntries(row.times);
+        return el('tr', null, el('td', null, row.label), stages.map((stage) => el('td', null,
+          times[stage] ? duration(times[stage].seconds) : '–',
+          times[stage]?.attempts > 1 ? el('span', { class: 'quiet small' }, ` (${times[stage].attempts} attempts)`) : null)), el('td', null, el('b', null, duration(row.total))));
+      }))))));
+}
