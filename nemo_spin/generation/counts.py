@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -21,6 +23,7 @@ class AnswerCounts:
         self._empty = 0
         self._equal = 0
         self._duplicates = 0
+        self._distinct: set[bytes] = set()
         self._lengths: Counter[int] = Counter()
         self._real_lengths: Counter[int] = Counter()
 
@@ -35,23 +38,24 @@ class AnswerCounts:
         first = table.filter(pc.equal(table["sample"], 0))
         self._prompts += first.num_rows
         self._real_lengths.update(pc.list_value_length(first["real_ids"]).to_pylist())
-        seen: set[tuple[str, tuple[int, ...]]] = set()
-        columns = ("id", "generated_ids", "real_ids", "finish_reason")
-        for row_id, generated, real, reason in zip(
-            *(table[name].to_pylist() for name in columns), strict=True
-        ):
-            self._empty += reason == "stop" and len(generated) == 1
+        seen: set[tuple[str, bytes]] = set()
+        columns = (table["id"].to_pylist(), _as_bytes(table["generated_ids"]), _as_bytes(table["real_ids"]))
+        for row_id, generated, real in zip(*columns, strict=True):
             self._equal += generated == real
-            key = (row_id, tuple(generated))
-            self._duplicates += key in seen
-            seen.add(key)
+            self._duplicates += (row_id, generated) in seen
+            seen.add((row_id, generated))
+            self._distinct.add(hashlib.blake2b(generated, digest_size=12).digest())
+        stopped = pc.equal(table["finish_reason"], "stop")
+        alone = pc.equal(pc.list_value_length(table["generated_ids"]), 1)
+        self._empty += pc.sum(pc.and_(stopped, alone)).as_py() or 0
 
     def summary(self) -> dict[str, Any]:
         """Name -> value. Lengths are in tokens, the stop token included; shares are of the answers.
 
         `empty_share` counts answers that are nothing but the stop token, `equal_share` those
         that are the demonstration token for token, `duplicate_share` those that repeat an
-        earlier sample of the same prompt.
+        earlier sample of the same prompt; `distinct_share` is the number of different
+        answers, whatever the prompt, against all answers.
         """
         answers = max(self._answers, 1)
         return {
@@ -67,6 +71,7 @@ class AnswerCounts:
             "empty_share": self._empty / answers,
             "equal_share": self._equal / answers,
             "duplicate_share": self._duplicates / answers,
+            "distinct_share": len(self._distinct) / answers,
         }
 
 
@@ -76,6 +81,14 @@ def count_answers(tables: Iterable[pa.Table]) -> dict[str, Any]:
     for table in tables:
         counts.add(table)
     return counts.summary()
+
+
+def _as_bytes(column: pa.ChunkedArray) -> list[bytes]:
+    """The token ids of each row as bytes: quick to compare."""
+    array = column.combine_chunks()
+    values = array.values.to_numpy(zero_copy_only=False)
+    offsets = array.offsets.to_numpy()
+    return [values[begin:end].tobytes() for begin, end in itertools.pairwise(offsets)]
 
 
 def _mean(lengths: Counter[int]) -> float:

@@ -39,6 +39,7 @@ def test_counts_by_hand() -> None:
         "empty_share": pytest.approx(1 / 6),
         "equal_share": pytest.approx(2 / 6),
         "duplicate_share": pytest.approx(1 / 6),
+        "distinct_share": pytest.approx(4 / 6),
     }
 
 
@@ -50,6 +51,12 @@ def test_the_median_of_an_even_number_lies_between() -> None:
 def test_nothing_counts_as_nothing() -> None:
     counts = count_answers([])
     assert set(counts.values()) == {0}
+
+
+def test_a_slice_counts_its_own_rows() -> None:
+    table = _table(*((str(n), 0, [n, 3], [n] * (n + 1) + [3], "stop") for n in range(6)))
+    assert count_answers([table.slice(2, 3)]) == count_answers([table.take([2, 3, 4])])
+    assert count_answers([pa.concat_tables([table.slice(0, 1), table.slice(4)])])["tokens"] == 2 + 6 + 7
 
 
 def test_equal_answers_to_two_prompts_are_no_duplicates() -> None:
