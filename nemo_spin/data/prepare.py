@@ -7,31 +7,26 @@ data, the tokenizer and the settings only: not on how many processes there were.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from nemo_spin.config.schema import DataConfig
 from nemo_spin.data.columns import PREPARED, QUARANTINED
-from nemo_spin.data.encode import EncodedPiece
 from nemo_spin.data.files import MANIFEST_NAME, Manifest, atomic_path, remove_partials, write_manifest
 from nemo_spin.data.inputs import prepare_inputs
 from nemo_spin.data.progress import Progress, SilentProgress
+from nemo_spin.data.row_writer import RowWriter, UniqueIds
 from nemo_spin.data.rows import FORMATS, needed_columns
 from nemo_spin.data.sources import Piece, Source, open_source
+from nemo_spin.data.split_counts import SplitCounts
 from nemo_spin.data.templates import load_template
 from nemo_spin.data.workers import Workers
 from nemo_spin.errors import ConfigError, DataError, explain
 
 STAGE = "prepare"
 QUARANTINE_NAME = "quarantine.parquet"
-ROW_GROUP_ROWS = 2048
 
 
 def prepare(
@@ -93,116 +88,6 @@ def prepare(
             "stop_token_ids": list(template.stop_token_ids),
         },
     )
-
-
-@dataclass
-class SplitCounts:
-    """What became of the rows of one split."""
-
-    rows: int = 0
-    refused: Counter[str] = field(default_factory=Counter)  # by reason
-    prompt_lengths: Counter[int] = field(default_factory=Counter)  # tokens -> rows
-    real_lengths: Counter[int] = field(default_factory=Counter)
-    cut_prompts: int = 0
-    cut_responses: int = 0
-
-    def add(self, piece: EncodedPiece) -> None:
-        """Counts one piece in."""
-        self.rows += piece.batch.num_rows
-        self.refused.update(refusal.reason for refusal in piece.refusals)
-        self.cut_prompts += piece.num_cut_prompts
-        self.cut_responses += piece.num_cut_responses
-        for lengths, column in ((self.prompt_lengths, "prompt_ids"), (self.real_lengths, "real_ids")):
-            lengths.update(pc.list_value_length(piece.batch.column(column)).to_pylist())
-
-    @property
-    def all_rows(self) -> int:
-        """Accepted and refused ones."""
-        return self.rows + self.refused.total()
-
-    def summary(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {
-            "rows": self.rows,
-            "quarantined": self.refused.total(),
-            "quarantined_by_reason": dict(self.refused.most_common()),
-            "cut_prompts": self.cut_prompts,
-            "cut_responses": self.cut_responses,
-            "prompt_tokens": _total(self.prompt_lengths),
-            "real_tokens": _total(self.real_lengths),
-            "prompt_length": percentiles(self.prompt_lengths),
-            "real_length": percentiles(self.real_lengths),
-        }
-
-
-def percentiles(lengths: Counter[int]) -> dict[str, int]:
-    """Smallest lengths (tokens) that 50, 90, 99 and 100 percent of the rows do not exceed."""
-    total, seen = lengths.total(), 0
-    shares = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
-    found: dict[str, int] = {}
-    for length in sorted(lengths):
-        seen += lengths[length]
-        found.update(
-            {
-                name: length
-                for name, share in shares.items()
-                if name not in found and seen * 100 >= share * total
-            }
-        )
-    return found
-
-
-class RowWriter:
-    """A parquet file written in row groups of fixed size, whatever sizes rows come in.
-
-    Args:
-        path: The file.
-        schema: Its columns.
-    """
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False)
-        self._schema = schema
-        self._held: list[pa.RecordBatch] = []
-        self._num_held = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if error is None:
-            self._flush(self._num_held)
-        self._writer.close()
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Adds rows."""
-        self._held.append(batch)
-        self._num_held += batch.num_rows
-        while self._num_held >= ROW_GROUP_ROWS:
-            self._flush(ROW_GROUP_ROWS)
-
-    def _flush(self, rows: int) -> None:
-        table = pa.Table.from_batches(self._held, self._schema).combine_chunks()
-        if rows:
-            self._writer.write_table(table.slice(0, rows), row_group_size=ROW_GROUP_ROWS)
-        self._held = table.slice(rows).to_batches()
-        self._num_held -= rows
-
-
-class UniqueIds:
-    """Makes the ids of a split differ: the second `x` becomes `x-1`, in input order."""
-
-    def __init__(self) -> None:
-        self._next: dict[str, int] = {}
-
-    def __call__(self, name: str) -> str:
-        """`name`, or `name` with the first number that makes it new."""
-        unique = name
-        while unique in self._next:
-            unique = f"{name}-{self._next[name]}"
-            self._next[name] += 1
-        self._next[unique] = 1
-        return unique
 
 
 def _prepare_split(
@@ -327,7 +212,3 @@ def _check_settings(config: DataConfig) -> None:
                     remedy="choose one of them",
                 )
             )
-
-
-def _total(lengths: Counter[int]) -> int:
-    return sum(length * rows for length, rows in lengths.items())

@@ -3,21 +3,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nemo_spin.config.schema import DataConfig
 from nemo_spin.data import prepare as prepare_module
 from nemo_spin.data.columns import PREPARED, QUARANTINED
 from nemo_spin.data.files import read_manifest, verify_manifest
 from nemo_spin.data.inputs import prepare_inputs
-from nemo_spin.data.prepare import UniqueIds, percentiles, prepare
+from nemo_spin.data.prepare import prepare
 from nemo_spin.errors import ConfigError, DataError
 from tests.unit.data.tokenizers import conversation, conversations, save_tokenizer, write_jsonl, write_parquet
 
@@ -158,21 +155,6 @@ def test_ids_from_a_column_are_kept_and_made_unique(tmp_path: Path, tokenizer_di
     prepare(config, tokenizer_dir=tokenizer_dir, out_dir=tmp_path / "data")
     names = [row["id"] for row in rows_of(tmp_path / "data" / "train.parquet")]
     assert names == ["a", "a-1", "a-1-1", "7", "a-2"]
-
-
-@given(st.lists(st.sampled_from(["a", "a-1", "a-1-1", "a-2", "b", "b-1"]), max_size=30))
-def test_unique_ids_are_unique_and_the_same_each_time(names: list[str]) -> None:
-    one, two = UniqueIds(), UniqueIds()
-    made = [one(name) for name in names]
-    assert len(set(made)) == len(names)
-    assert made == [two(name) for name in names]
-    assert all(unique.startswith(name) for unique, name in zip(made, names, strict=True))
-
-
-def test_percentiles_by_hand() -> None:
-    assert percentiles(Counter({1: 50, 2: 40, 9: 9, 100: 1})) == {"p50": 1, "p90": 2, "p99": 9, "max": 100}
-    assert percentiles(Counter({5: 1})) == {"p50": 5, "p90": 5, "p99": 5, "max": 5}
-    assert percentiles(Counter()) == {}
 
 
 def test_too_many_refusals_stop_with_the_reasons_and_leave_the_quarantine(
