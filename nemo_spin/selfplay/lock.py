@@ -10,6 +10,7 @@ looked at, so clocks that differ between machines do no harm.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -20,7 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemo_spin.errors import ConfigError, explain
+from nemo_spin.selfplay.storage import storage_error
 
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # of file systems that know no hard links
 HEARTBEAT_S = 10.0
 SILENT_AFTER_S = 60.0
 
@@ -101,6 +104,7 @@ def locked(path: Path, *, on_wait: Callable[[str], None] = lambda text: None) ->
 
     Raises:
         ConfigError: Another living command holds it.
+        DataError: The file cannot be written.
     """
     owner = Owner.of_this_process()
     while not _create(path, owner):
@@ -119,14 +123,29 @@ def locked(path: Path, *, on_wait: Callable[[str], None] = lambda text: None) ->
 
 def _create(path: Path, owner: Owner) -> bool:
     mine = path.with_name(f".{path.name}.{owner.host}.{owner.pid}.partial")
-    mine.write_text(json.dumps(asdict(owner)) + "\n", encoding="utf-8")
+    text = json.dumps(asdict(owner)) + "\n"
     try:
-        os.link(mine, path)
+        mine.write_text(text, encoding="utf-8")
+        _link(mine, path, text)
         return True
     except FileExistsError:
         return False
+    except OSError as error:
+        raise storage_error(path, error) from error
     finally:
-        mine.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            mine.unlink(missing_ok=True)
+
+
+def _link(mine: Path, path: Path, text: str) -> None:
+    """Gives the file its name, unless it is taken."""
+    try:
+        os.link(mine, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(text)
 
 
 def _beat(path: Path, owner: Owner, ended: threading.Event) -> None:

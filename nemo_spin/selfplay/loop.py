@@ -7,6 +7,7 @@ that lies in the run directory is compared with what today's configuration would
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,10 +28,12 @@ from nemo_spin.selfplay.screen import Screen
 from nemo_spin.selfplay.signals import STOPPED, stop_on_signals
 from nemo_spin.selfplay.stages import Context, Stage, sft_stages, spin_stages, stage_of_command
 from nemo_spin.selfplay.state import StateFile
+from nemo_spin.selfplay.storage import storage_error
 from nemo_spin.selfplay.survey import refuse_other_inputs
 from nemo_spin.selfplay.verified import Verified
 
-_SIGN_OF_LIFE_S = 30.0
+_SIGN_OF_LIFE_S = 5.0
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
 def run(config: Config, *, launcher: Launcher, screen: Screen) -> None:
@@ -159,7 +162,7 @@ class Session:
         path = self.context.run.config_path
         text = to_yaml(self.context.config)
         if path.exists():
-            if path.read_text(encoding="utf-8") == text:
+            if path.read_bytes() == text.encode():
                 return
             with contextlib.suppress(ConfigError):  # it cannot be read: nothing to compare with
                 for line in config_differences(read_yaml(path), self.context.config):
@@ -195,8 +198,13 @@ class Session:
         return True
 
     def _run(self, stage: Stage, inputs: dict[str, Any]) -> Manifest:
-        stage.prepare_directory(inputs)
-        stage.run(_SignsOfLife(self._screen, self.state))
+        try:
+            stage.prepare_directory(inputs)
+            stage.run(_SignsOfLife(self._screen, self.state))
+        except OSError as error:
+            if error.errno not in _STORAGE:
+                raise
+            raise storage_error(stage.directory, error) from error
         manifest = self.context.verified.trust(stage.directory)
         assert manifest is not None, f"{stage.label} ended without a manifest"
         assert manifest.inputs == inputs, f"{stage.label} wrote other inputs into its manifest"
