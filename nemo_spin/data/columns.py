@@ -20,7 +20,9 @@ PREPARED = pa.schema(
     ]
 )
 
-QUARANTINED = pa.schema([("id", pa.string()), ("row", pa.int64()), ("split", pa.string()), ("reason", pa.string())])
+QUARANTINED = pa.schema(
+    [("id", pa.string()), ("row", pa.int64()), ("split", pa.string()), ("reason", pa.string())]
+)
 
 GENERATED = pa.schema(
     [

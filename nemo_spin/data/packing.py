@@ -201,7 +201,9 @@ class _Builder:
             opponent.extend(self._units.opponent_logps(unit))
             self._add(self._units.prompt(unit), responses)
         input_ids, position_ids, segments = self._lay_out()
-        real_of, generated_of, unit_of = (torch.tensor(column, dtype=torch.int64) for column in _columns(pairs))
+        real_of, generated_of, unit_of = (
+            torch.tensor(column, dtype=torch.int64) for column in _columns(pairs)
+        )
         return Microbatch(
             input_ids=input_ids,
             position_ids=position_ids,

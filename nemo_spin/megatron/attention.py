@@ -10,10 +10,9 @@ import math
 from typing import Any
 
 import torch
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional
-
-from megatron.core.transformer.module import MegatronModule
 
 
 class SegmentAttention(MegatronModule):

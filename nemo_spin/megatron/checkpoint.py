@@ -12,10 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron.core import dist_checkpointing
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception: a BaseException
 
-from megatron.core import dist_checkpointing
 from nemo_spin.data.files import sync_directory, sync_file
 from nemo_spin.errors import CheckpointError, explain
 from nemo_spin.megatron.engine import Engine

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
-
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import distributed
+
 from nemo_spin.config.schema import ModelConfig
 from nemo_spin.data.datasets import Units
 from nemo_spin.data.packing import Layout

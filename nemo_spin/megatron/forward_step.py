@@ -19,11 +19,14 @@ from nemo_spin.data.packing import Microbatch
 from nemo_spin.megatron.runtime import Runtime
 from nemo_spin.megatron.vocab_parallel import output_weight, response_logps
 from nemo_spin.objective.log_probs import response_sums, token_counts
-from nemo_spin.objective.losses import Loss, PairLogps, margin
+from nemo_spin.objective.losses import PairLogps
+from nemo_spin.objective.objective import Objective
+from nemo_spin.objective.options import PairLengths
 
 # What a training or validation step reports, as sums over units; see `summarise`.
 SPIN_SUMS = (
     "loss",
+    "start_loss",
     "units",
     "correct",
     "margin",
@@ -42,30 +45,30 @@ LossOutput = tuple[Tensor, Tensor, Tensor]
 LossFunction = Callable[[Microbatch, Tensor], LossOutput]
 
 
-def spin_loss(microbatch: Microbatch, logps: Tensor, *, loss: Loss, beta: float) -> LossOutput:
+def spin_loss(microbatch: Microbatch, logps: Tensor, *, objective: Objective) -> LossOutput:
     """Sum over the units of a microbatch of the mean SPIN loss of their pairs.
 
     Args:
         microbatch: The units.
         logps: [Q] float32, the policy's sums for all responses.
-        loss: Of the margin.
-        beta: Factor of the margin.
+        objective: The loss of each pair.
     """
     real, generated = microbatch.pair_real, microbatch.pair_generated
     opponent = microbatch.opponent_logps.float()
     pairs = PairLogps(logps[real], logps[generated], opponent[real], opponent[generated])
-    margins = margin(pairs, beta)
-    weights = _pair_weights(microbatch)
-    losses = loss(margins)
     tokens = token_counts(microbatch.target_responses, microbatch.num_responses)
+    lengths = PairLengths(tokens[real], tokens[generated])
+    margins = objective.margins(pairs, lengths)
+    weights = _pair_weights(microbatch)
+    losses = objective(pairs, lengths)
     columns = [
         losses,
+        objective.at_start(pairs, lengths),
         torch.ones_like(weights),
         (margins > 0).float(),
         margins,
         *pairs,
-        tokens[real],
-        tokens[generated],
+        *lengths,
     ]
     # `where` and not only a product: the loss of a ghost may overflow
     total = torch.where(weights > 0, losses * weights.float(), 0.0).sum()

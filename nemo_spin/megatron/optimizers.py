@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+
 from nemo_spin.config.schema import ModelConfig, OptimConfig
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -17,13 +15,15 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
 from nemo_spin.config.schema import ModelConfig
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.attention import SegmentAttention
-from nemo_spin.megatron.vocab_parallel import withhold_logits
 from nemo_spin.megatron.norm import RMSNorm
 from nemo_spin.megatron.rope import PositionedRotaryEmbedding, concentration_as_scaling_factor
+from nemo_spin.megatron.vocab_parallel import withhold_logits
 
 _GPU_VOCABULARY_MULTIPLE = 128  # rows per rank that GPU matrix kernels like
 

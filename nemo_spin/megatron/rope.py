@@ -10,9 +10,9 @@ import math
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor, nn
 
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from nemo_spin.megatron.architecture import RopeScaling
 
 

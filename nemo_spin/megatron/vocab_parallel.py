@@ -11,12 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
-
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from torch import Tensor, distributed
 
 _LOGITS_PER_CHUNK = 1 << 24  # float32 logits of this rank alive at a time: 64 MiB
 
@@ -28,7 +27,9 @@ def withhold_logits(gpt: Any) -> None:
     weight, its checkpoint entries and its place; only its forward is the identity here.
     """
 
-    def identity(input_: Tensor, weight: Any = None, runtime_gather_output: Any = None) -> tuple[Tensor, None]:
+    def identity(
+        input_: Tensor, weight: Any = None, runtime_gather_output: Any = None
+    ) -> tuple[Tensor, None]:
         return input_, None
 
     gpt.output_layer.forward = identity

@@ -17,7 +17,7 @@ class TrainingJob:
         opponent: Hugging Face directory the policy starts as.
         rows: Directory of scored pairs, or of prepared demonstrations for plain fine-tuning.
         objective: `spin`, or `sft` for plain cross-entropy on real responses.
-        loss, beta: The SPIN loss and the factor of its margin.
+        spin: What `nemo_spin.objective.objective.build_objective` takes; empty for plain fine-tuning.
         lr, epochs: Peak learning rate; passes over the rows.
         max_steps: Optimizer steps to stop after; None: all of the epochs.
         seed, iteration: Decide the order of rows.
@@ -35,8 +35,7 @@ class TrainingJob:
     opponent: Path
     rows: Path
     objective: str
-    loss: str
-    beta: float
+    spin: dict[str, Any]
     lr: float
     epochs: int
     max_steps: int | None

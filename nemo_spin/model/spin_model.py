@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from nemo_spin.megatron.provider import build_model
 from nemo_spin.megatron.runtime import Runtime
 from nemo_spin.model.optimizer import MegatronOptimizerAdapter
 from nemo_spin.model.settings import TrainingJob
-from nemo_spin.objective.losses import LOSSES
+from nemo_spin.objective.objective import build_objective
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 _EVALUATION_UNITS = 256  # per data-parallel rank and schedule call, for held-out rows
@@ -61,7 +61,7 @@ class MegatronGPTSPINModel(ModelPT):
     @classmethod
     def list_available_models(cls) -> None:
         """There are no pretrained models of this class: it starts from a user's."""
-        return None
+        return
 
     # Data
 
@@ -113,9 +113,7 @@ class MegatronGPTSPINModel(ModelPT):
         optimizer = build_optimizer(
             wrapped, job.optim, lr=job.lr, params_dtype=dtype, distributed=distributed
         )
-        self.engine = Engine(
-            wrapped, self.runtime, architecture.vocab_size, layout_of(job.model), optimizer
-        )
+        self.engine = Engine(wrapped, self.runtime, architecture.vocab_size, layout_of(job.model), optimizer)
 
     def configure_optimizers(self) -> MegatronOptimizerAdapter:
         """Megatron's optimizer, which sets each step's learning rate itself."""
@@ -128,12 +126,16 @@ class MegatronGPTSPINModel(ModelPT):
             self.trainer.global_step, num_steps=self.num_steps, peak=self.job.lr, sched=self.job.optim.sched
         )
 
-    @property
+    @cached_property
     def loss_function(self) -> LossFunction:
-        """What is summed over a global batch."""
+        """What is summed over a global batch.
+
+        Raises:
+            ConfigError: The loss is a user's function that cannot be used.
+        """
         if self.job.objective == "sft":
             return sft_loss
-        return partial(spin_loss, loss=LOSSES[self.job.loss], beta=self.job.beta)
+        return partial(spin_loss, objective=build_objective(**self.job.spin))
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -183,26 +185,26 @@ class MegatronGPTSPINModel(ModelPT):
             return {}
         sums = self.engine.evaluate(
             self._heldout,
-            batch_units=_EVALUATION_UNITS * self.runtime.dp_size,            loss=self.loss_function,
+            batch_units=_EVALUATION_UNITS * self.runtime.dp_size,
+            loss=self.loss_function,
             names=self._names,
         )
         return summarise(sums)
 
     def _check_first_loss(self, step: int) -> None:
-        """The ln 2 gate: before the first update the policy is its opponent, every margin is 0."""
+        """The ln 2 gate: before the first update the policy is its opponent, every gain is 0."""
         tolerance = self.job.ln2_tolerance
         if step > 0 or tolerance is None or self.job.objective == "sft":
             return
-        expected = float(LOSSES[self.job.loss](torch.zeros(1)))
-        found = self.last_metrics["loss"]
+        expected, found = self.last_metrics["start_loss"], self.last_metrics["loss"]
         if math.isfinite(found) and abs(found - expected) <= tolerance:
             return
         raise GateError(
             explain(
                 "ln 2 gate (spin.gates.ln2_tolerance)",
                 found=f"the first loss is {found:.6f}, margin {self.last_metrics['margin']:+.6f}",
-                rule=f"before the first update every margin is 0 and the {self.job.loss} loss is "
-                f"{expected:.6f} (+- {tolerance:g}): scoring and training see the same model and tokens",
+                rule=f"before the first update the policy is its opponent and the {self.job.spin['loss']} "
+                f"loss is {expected:.6f} (+- {tolerance:g}): scoring and training see the same tokens",
                 remedy="compare what scored/ was made with and what is trained: precision, padding, "
                 "position handling, weights; remove scored/ of this iteration to score again",
             )

@@ -32,12 +32,21 @@ _SAMPLING = (
     "trainer.precision",
 )
 _OPTIMIZATION = ("seed", "model.global_batch_size", "model.optim", "trainer.precision")
+_OBJECTIVE = (
+    "spin.loss",
+    "spin.beta",
+    "spin.length_normalized",
+    "spin.label_smoothing",
+    "spin.sft_weight",
+    "spin.dpop_weight",
+    "spin.opponent_mix",
+)
 
 # `prepare` lists its inputs itself (`data/inputs.py`).
 KEYS: dict[str, tuple[str, ...]] = {
     "generate": (*_SAMPLING, "generation.num_generations"),
     "score": ("trainer.precision", "spin.history"),
-    "train": (*_OPTIMIZATION, "spin.loss", "spin.beta", "spin.lr", "spin.epochs"),
+    "train": (*_OPTIMIZATION, *_OBJECTIVE, "spin.lr", "spin.epochs"),
     "export": ("trainer.precision",),
     "evaluate": (
         *_SAMPLING,

@@ -51,9 +51,7 @@ def make_pairs(num_rows: int, seed: int = 3) -> pa.Table:
         sizes = generator.integers(low, high, num_rows)
         return pa.array([generator.integers(3, VOCAB_SIZE, size).tolist() for size in sizes], IDS)
 
-    return pa.table(
-        {"prompt_ids": column(1, 9), "real_ids": column(1, 12), "generated_ids": column(1, 12)}
-    )
+    return pa.table({"prompt_ids": column(1, 9), "real_ids": column(1, 12), "generated_ids": column(1, 12)})
 
 
 def logps(model: Any, table: pa.Table) -> torch.Tensor:

@@ -67,7 +67,5 @@ class StageContext:
         chunks = build_model(architecture, self.config.model, params_dtype=_DTYPES[self.precision])
         if load is not None:
             load(chunks, architecture)
-        engine = Engine(
-            chunks, self.runtime, architecture.vocab_size, layout_of(self.config.model)
-        )
+        engine = Engine(chunks, self.runtime, architecture.vocab_size, layout_of(self.config.model))
         return engine, architecture

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from nemo_spin.config.iterations import at_iteration
+from nemo_spin.config.schema import SpinConfig
 from nemo_spin.data.files import write_manifest
 from nemo_spin.megatron.runtime import first_rank_writes
 from nemo_spin.selfplay.ranks.context import StageContext
@@ -20,6 +22,19 @@ def sft(context: StageContext) -> None:
     _fit(context, objective="sft")
 
 
+def _objective(spin: SpinConfig, iteration: int) -> dict[str, Any]:
+    """The arguments of `build_objective` in one iteration."""
+    return {
+        "loss": spin.loss,
+        "beta": float(at_iteration(spin.beta, iteration)),
+        "length_normalized": spin.length_normalized,
+        "label_smoothing": spin.label_smoothing,
+        "sft_weight": spin.sft_weight,
+        "dpop_weight": spin.dpop_weight,
+        "opponent_mix": spin.opponent_mix,
+    }
+
+
 def _fit(context: StageContext, *, objective: str) -> None:
     from nemo_spin.model.fit import fit, summary  # 15 seconds of imports that scoring does not need
     from nemo_spin.model.settings import TrainingJob
@@ -31,8 +46,7 @@ def _fit(context: StageContext, *, objective: str) -> None:
         opponent=here.opponent,
         rows=here.scored if self_play else context.run.data_dir,
         objective=objective,
-        loss=config.spin.loss,
-        beta=float(at_iteration(config.spin.beta, iteration)) if self_play else 0.0,
+        spin=_objective(config.spin, iteration) if self_play else {},
         lr=float(at_iteration(config.spin.lr, iteration)) if self_play else config.sft.lr,
         epochs=int(at_iteration(config.spin.epochs, iteration)) if self_play else config.sft.epochs,
         max_steps=None if self_play else config.sft.max_steps,

@@ -22,12 +22,12 @@ def _steps(engine: Any, table: pa.Table, first: int, last: int) -> list[float]:
 
     from nemo_spin.data.datasets import Units
     from nemo_spin.megatron.forward_step import SPIN_SUMS, spin_loss
-    from nemo_spin.objective.losses import LOSSES
+    from nemo_spin.objective.objective import build_objective
 
     units, losses = Units(table), []
     for step in range(first, last):
         indices = np.array([(step * 3 + i) % table.num_rows for i in range(4)])
-        loss = partial(spin_loss, loss=LOSSES["logistic"], beta=1.0)
+        loss = partial(spin_loss, objective=build_objective(loss="logistic", beta=1.0))
         losses.append(engine.backward(units, indices, loss=loss, names=SPIN_SUMS)["loss"])
         engine.update(1e-3)
     return losses

@@ -56,9 +56,7 @@ def _engine(model_dir: Path, layout: tuple[int, int, int, bool], **model: Any) -
     chunks = build_model(architecture, config, params_dtype=torch.float32)
     load_weights(chunks, model_dir, architecture)
     wrapped = wrap_for_training(chunks, distributed_optimizer=False)
-    optimizer = build_optimizer(
-        wrapped, config.optim, lr=1e-3, params_dtype=torch.float32, distributed=False
-    )
+    optimizer = build_optimizer(wrapped, config.optim, lr=1e-3, params_dtype=torch.float32, distributed=False)
     return Engine(wrapped, runtime, architecture.vocab_size, layout_of(config), optimizer), architecture
 
 
@@ -89,12 +87,12 @@ def _step(
     from nemo_spin.data.datasets import Units
     from nemo_spin.data.progress import SilentProgress
     from nemo_spin.megatron.forward_step import SPIN_SUMS, spin_loss
-    from nemo_spin.objective.losses import LOSSES
+    from nemo_spin.objective.objective import build_objective
 
     engine, architecture = _engine(model_dir, layout, **model)
     units = Units(pq.read_table(table_path))
     everything = np.arange(units.num_units)
-    loss = partial(spin_loss, loss=LOSSES["logistic"], beta=BETA)
+    loss = partial(spin_loss, objective=build_objective(loss="logistic", beta=BETA))
     sums = engine.backward(units, everything, loss=loss, names=SPIN_SUMS)
     with torch.no_grad():
         for chunk in engine.chunks:
@@ -128,7 +126,9 @@ def test_scores_are_those_of_transformers_in_float64(
     table = reference.make_pairs(NUM_ROWS)
     with torch.no_grad():
         expected = reference.logps(reference.load(llama), table)
-    scored = torch.tensor(run_ranks(_score, ranks(layout), llama, table, layout, packing), dtype=torch.float64)
+    scored = torch.tensor(
+        run_ranks(_score, ranks(layout), llama, table, layout, packing), dtype=torch.float64
+    )
     assert (scored - expected).abs().max() < 1e-3
 
 
@@ -192,15 +192,11 @@ def test_loss_and_gradients_do_not_depend_on_the_size_of_a_packed_row(
     llama: Path, step: dict[str, Any], tmp_path: Path, micro_batch_tokens: int
 ) -> None:
     """1: every unit is longer than a row and gets one of its own; 1000: all share one row."""
-    check_step(
-        step, llama, tmp_path / "gradients", (2, 1, 1, True), micro_batch_tokens=micro_batch_tokens
-    )
+    check_step(step, llama, tmp_path / "gradients", (2, 1, 1, True), micro_batch_tokens=micro_batch_tokens)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_several_generations_of_a_prompt_share_its_weight(
-    llama: Path, tmp_path: Path, packing: str
-) -> None:
+def test_several_generations_of_a_prompt_share_its_weight(llama: Path, tmp_path: Path, packing: str) -> None:
     """Two units, with 3 and 1 generations: the loss is the mean over units of the mean over pairs."""
     table = reference.make_pairs(4)
     first = table.slice(0, 1).to_pylist()[0]

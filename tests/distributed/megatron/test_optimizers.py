@@ -35,9 +35,7 @@ def _trajectory(model_dir: Path, name: str, weight_decay: float) -> tuple[float,
     chunks = build_model(architecture, config, params_dtype=torch.float32)
     load_weights(chunks, model_dir, architecture)
     wrapped = wrap_for_training(chunks, distributed_optimizer=False)
-    optimizer = build_optimizer(
-        wrapped, config.optim, lr=1e-3, params_dtype=torch.float32, distributed=False
-    )
+    optimizer = build_optimizer(wrapped, config.optim, lr=1e-3, params_dtype=torch.float32, distributed=False)
     named = dict(wrapped[0].named_parameters())
     start = {key: parameter.detach().clone() for key, parameter in named.items()}
     plain = {key: parameter.detach().clone().requires_grad_() for key, parameter in named.items()}

@@ -53,7 +53,9 @@ def _without_logits(
     ids=["plain", "padded", "split", "split-padded", "a-rank-of-padding", "two-ranks-of-padding"],
 )
 @pytest.mark.parametrize(
-    ("dtype", "rtol", "atol"), [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 2e-2, 0.15)], ids=["fp32", "bf16"]
+    ("dtype", "rtol", "atol"),
+    [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 2e-2, 0.15)],
+    ids=["fp32", "bf16"],
 )
 def test_values_and_gradients(
     vocab_size: int, padded: int, tensor: int, dtype: torch.dtype, rtol: float, atol: float

@@ -140,11 +140,17 @@ def test_parallel_sizes_divide_the_ranks() -> None:
 
 
 def test_the_global_batch_is_whole_microbatches_of_every_rank() -> None:
-    message = refused("model.packing=none", "trainer.devices=3", "model.micro_batch_size=5", "model.global_batch_size=64")
+    message = refused(
+        "model.packing=none", "trainer.devices=3", "model.micro_batch_size=5", "model.global_batch_size=64"
+    )
     assert "64 is not a multiple of 15 = model.micro_batch_size 5 x 3 data-parallel ranks" in message
     assert "set it to 60" in message
-    accepted("model.packing=none", "trainer.devices=3", "model.micro_batch_size=5", "model.global_batch_size=60")
-    assert "set it to 8" in refused("model.packing=none", "model.micro_batch_size=8", "model.global_batch_size=3")
+    accepted(
+        "model.packing=none", "trainer.devices=3", "model.micro_batch_size=5", "model.global_batch_size=60"
+    )
+    assert "set it to 8" in refused(
+        "model.packing=none", "model.micro_batch_size=8", "model.global_batch_size=3"
+    )
 
 
 @pytest.mark.parametrize(
