@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ _TRAINING_ROWS = (
     ("real log-prob", "policy_real_logps"),
     ("generated log-prob", "policy_generated_logps"),
 )
-_ANSWERS = (("answer length (tokens)", "mean_length"), ("cut by the limit", "cut_share"))
 
 
 def show_iteration(screen: Screen, run: RunDirectory, iteration: int) -> None:
@@ -33,9 +33,10 @@ def show_iteration(screen: Screen, run: RunDirectory, iteration: int) -> None:
         table.add_column(name, justify="right")
     for label, key in _TRAINING_ROWS:
         _add_row(table, label, number(results.training, key), number(results.training, f"heldout_{key}"))
-    for label, key in _ANSWERS:
-        values = [number(results.generated, split, key) for split in ("train", "heldout")]
-        _add_row(table, f"opponent's {label}", *values)
+    lengths = [number(results.generated, split, "mean_length") for split in ("train", "heldout")]
+    _add_row(table, "answer length of the opponent", *lengths)
+    cut = [number(results.generated, split, "cut_share") for split in ("train", "heldout")]
+    _add_row(table, "answers cut by the limit", *cut, show=percent)
     for way in ("sampled", "greedy"):
         _add_row(table, f"score, {way}", None, number(results.evaluation, way, "score"))
     screen.show(table)
@@ -44,9 +45,27 @@ def show_iteration(screen: Screen, run: RunDirectory, iteration: int) -> None:
         screen.show(f"  {times}\n")
 
 
-def _add_row(table: Table, label: str, *values: float | None) -> None:
+def shown(value: float | None) -> str:
+    """A number in about four digits; a dash where there is none."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage."""
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _time(value: float | None) -> str:
+    return "–" if value is None else duration(value)
+
+
+def _add_row(
+    table: Table, label: str, *values: float | None, show: Callable[[float | None], str] = shown
+) -> None:
     if any(value is not None for value in values):
-        table.add_row(label, *(shown(value) for value in values))
+        table.add_row(label, *(show(value) for value in values))
 
 
 def show_run(screen: Screen, run: RunDirectory) -> None:
@@ -56,22 +75,27 @@ def show_run(screen: Screen, run: RunDirectory) -> None:
     rows.append(("theta_0", IterationResults(evaluation=first)))
     for iteration in run.existing_iterations():
         rows.append((f"theta_{iteration + 1}", iteration_results(run, iteration)))
-    columns = [(title, [read(results) for _, results in rows]) for title, read in _COLUMNS.items()]
-    columns = [(title, values) for title, values in columns if any(value is not None for value in values)]
+    columns = {
+        title: [column.show(column.read(results)) for _, results in rows]
+        for title, column in _COLUMNS.items()
+        if any(column.read(results) is not None for _, results in rows)
+    }
     table = Table(title="All iterations", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("model")
-    for title, _ in columns:
+    for title in columns:
         table.add_column(title, justify="right")
     for index, (name, _) in enumerate(rows):
-        cells = [
-            duration(value) if title == "time" and value is not None else shown(value)
-            for title, value in ((title, values[index]) for title, values in columns)
-        ]
-        table.add_row(name, *cells)
+        table.add_row(name, *(cells[index] for cells in columns.values()))
     screen.show(table)
     last = _last_model(run)
     if last is not None:
         screen.show(f"  the last model: {last}")
+
+
+@dataclass(frozen=True)
+class _Column:
+    read: Callable[[IterationResults], float | None]
+    show: Callable[[float | None], str] = shown
 
 
 def _of(section: str, *path: str) -> Callable[[IterationResults], float | None]:
@@ -82,31 +106,24 @@ def _of(section: str, *path: str) -> Callable[[IterationResults], float | None]:
     return read
 
 
-def _time(results: IterationResults) -> float | None:
+def _seconds(results: IterationResults) -> float | None:
     return sum(results.seconds.values()) if results.seconds else None
 
 
-_COLUMNS: dict[str, Callable[[IterationResults], float | None]] = {
-    "score sampled": _of("evaluation", "sampled", "score"),
-    "score greedy": _of("evaluation", "greedy", "score"),
-    "length": _of("evaluation", "sampled", "mean_length"),
-    "cut": _of("evaluation", "sampled", "cut_share"),
-    "loss": _of("training", "heldout_loss"),
-    "margin": _of("training", "heldout_margin"),
-    "accuracy": _of("training", "heldout_accuracy"),
-    "real log-prob": _of("training", "heldout_policy_real_logps"),
-    "generated log-prob": _of("training", "heldout_policy_generated_logps"),
-    "time": _time,
+_COLUMNS = {
+    "score sampled": _Column(_of("evaluation", "sampled", "score")),
+    "score greedy": _Column(_of("evaluation", "greedy", "score")),
+    "length": _Column(_of("evaluation", "sampled", "mean_length")),
+    "cut": _Column(_of("evaluation", "sampled", "cut_share"), percent),
+    "loss": _Column(_of("training", "heldout_loss")),
+    "margin": _Column(_of("training", "heldout_margin")),
+    "accuracy": _Column(_of("training", "heldout_accuracy")),
+    "real log-prob": _Column(_of("training", "heldout_policy_real_logps")),
+    "generated log-prob": _Column(_of("training", "heldout_policy_generated_logps")),
+    "time": _Column(_seconds, _time),
 }
 
 
 def _last_model(run: RunDirectory) -> Path | None:
     models = [run.iteration(iteration).model for iteration in run.existing_iterations()]
     return next((model for model in reversed(models) if model.exists()), None)
-
-
-def shown(value: float | None) -> str:
-    """A number in at most four digits; a dash where there is none."""
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
