@@ -150,6 +150,7 @@ def start(
     from nemo_spin.bridge.families import architecture_of
 
     architecture = architecture_of(model_dir)
+    _check_stop_token_ids(config, architecture)
     progress = ProgressFile(progress_path)
     lengths = [_check_prompts(plan, architecture) for plan in passes]
     if crowded := sum(length.crowded for length in lengths):
@@ -306,6 +307,21 @@ def _check_prompts(plan: PassPlan, architecture: Architecture) -> PromptLengths:
         max_context=_max_context(architecture),
         max_tokens=plan.sampling.max_tokens,
     )
+
+
+def _check_stop_token_ids(config: Config, architecture: Architecture) -> None:
+    outside = [
+        token for token in config.generation.stop_token_ids if not 0 <= token < architecture.vocab_size
+    ]
+    if outside:
+        raise ConfigError(
+            explain(
+                "generation.stop_token_ids",
+                found=", ".join(map(str, outside)),
+                rule=f"the model has a vocabulary of {architecture.vocab_size}: ids are below it",
+                remedy="look the ids up in the tokenizer of model.path",
+            )
+        )
 
 
 def _max_context(architecture: Architecture) -> int:

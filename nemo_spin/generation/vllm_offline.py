@@ -7,6 +7,7 @@ environment, so nothing else lives in that process.
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -159,7 +160,20 @@ def _answer(output: Any, prompt: Prompt, sampling: Sampling) -> Answer:
     if logprobs is None or len(logprobs) != len(token_ids):
         raise _unexpected("an answer without the log-probability of each token")
     logps = [float(entry[token].logprob) for entry, token in zip(logprobs, token_ids, strict=True)]
+    if not all(map(math.isfinite, logps)):
+        raise _not_finite()
     return Answer(token_ids, logps, str(completion.finish_reason))
+
+
+def _not_finite() -> GenerationError:
+    return GenerationError(
+        explain(
+            "vLLM",
+            found="drew tokens whose log-probability is not a finite number",
+            rule="a model gives every token it draws a probability",
+            remedy="its numbers overflow: try generation.dtype=float32, or look at the model's weights",
+        )
+    )
 
 
 def _unexpected(found: str) -> GenerationError:

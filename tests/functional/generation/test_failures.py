@@ -158,6 +158,12 @@ def test_an_id_outside_the_vocabulary_is_refused_beforehand(stage: Stage, tmp_pa
         stage.start()
 
 
+def test_a_stop_id_outside_the_vocabulary_is_refused_beforehand(stage: Stage) -> None:
+    stage.config = configuration(stop_token_ids=[5, 70000])
+    with pytest.raises(ConfigError, match=r"generation\.stop_token_ids: 70000"):
+        stage.start()
+
+
 def test_data_that_was_not_prepared_is_refused(stage: Stage, tmp_path: Path) -> None:
     stage.prepared = tmp_path / "nothing"
     with pytest.raises(DataError, match="prepare"):
