@@ -147,7 +147,9 @@ class WorkerProcess:
     def _failure(self, code: int) -> NemoSpinError:
         if self._status.error is not None:
             error = self._status.error
-            return type(error)(f"{error}\n{self.describe_failure()}")
+            if isinstance(error, GenerationError):  # the engine's: its log says more
+                return GenerationError(f"{error}\n{self.describe_failure()}")
+            return error
         step = self._status.step
         how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         return GenerationError(

@@ -170,7 +170,8 @@ def main(arguments: list[str]) -> int:
         engine = open_engine(request.engine)
         run(request, engine=engine, steps=steps, progress=ProgressFile(Path(request.progress_path)))
     except NemoSpinError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        if not isinstance(error, GenerationError):  # of those the traceback is there already
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
         steps.error(error)
         return error.exit_code
     steps.step(status.END, "ending the engine")
