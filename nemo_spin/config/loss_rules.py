@@ -27,37 +27,15 @@ def loss_is_known_or_a_function(config: Config) -> list[Mistake]:
     ]
 
 
-OBJECTIVE_KEYS = (
-    "spin.loss",
-    "spin.length_normalized",
-    "spin.label_smoothing",
-    "spin.sft_weight",
-    "spin.dpop_weight",
-    "spin.opponent_mix",
-)
-
-# What the training step does not read yet. A key that would change nothing is refused.
-_NOT_TRAINED_WITH_YET = OBJECTIVE_KEYS[1:]
-_TRAINED_WITH = LOSS_NAMES[:4]
-
-
-def objective_is_trained_with(config: Config) -> list[Mistake]:
-    """Refuses objectives that are defined and tested, but not wired into training."""
-    reason = "the training step does not use it yet"
-    found = [
-        mistake(key, found=_value(config, key), rule=reason, remedy=f"set it to {_value(Config(), key)}")
-        for key in _NOT_TRAINED_WITH_YET
-        if _value(config, key) != _value(Config(), key)
-    ]
-    if config.spin.loss not in _TRAINED_WITH and not loss_is_known_or_a_function(config):
-        choices = ", ".join(_TRAINED_WITH)
-        found.append(
-            mistake(
-                "spin.loss", found=repr(config.spin.loss), rule=reason, remedy=f"set it to one of {choices}"
-            )
+def opponent_is_not_mixed_yet(config: Config) -> list[Mistake]:
+    """Refuses alpha-SPIN's opponent until responses are scored under theta_0 too."""
+    if config.spin.opponent_mix == 0.0:
+        return []
+    return [
+        mistake(
+            "spin.opponent_mix",
+            found=config.spin.opponent_mix,
+            rule="must be 0: responses are not scored under theta_0 yet",
+            remedy="set it to 0",
         )
-    return found
-
-
-def _value(config: Config, key: str) -> object:
-    return getattr(config.spin, key.removeprefix("spin."))
+    ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from nemo_spin.config.loss_rules import OBJECTIVE_KEYS, loss_is_known_or_a_function, objective_is_trained_with
+from nemo_spin.config.loss_rules import loss_is_known_or_a_function, opponent_is_not_mixed_yet
 from nemo_spin.config.mistakes import Mistake, mistake
 from nemo_spin.config.schema import Config
 
@@ -299,7 +299,7 @@ RELATIONS: tuple[Relation, ...] = (
     Relation(("data.prompt_template",), _template_has_a_place_for_the_prompt),
     Relation(("generation.num_generations", "generation.temperature"), _several_generations_need_chance),
     Relation(("spin.loss",), loss_is_known_or_a_function),
-    Relation(OBJECTIVE_KEYS, objective_is_trained_with),
+    Relation(("spin.opponent_mix",), opponent_is_not_mixed_yet),
     Relation(("name",), _name_is_a_file_name),
     Relation(("evaluation.scorer",), _scorer_names_a_function),
     Relation(("evaluation.scorer", "evaluation.enabled", "data.heldout"), _scorer_has_prompts),
