@@ -86,6 +86,14 @@ def status(options: argparse.Namespace) -> None:
     print(describe(Path(options.run_dir)))
 
 
+def report(options: argparse.Namespace) -> None:
+    """One HTML file to look at a run, or at several side by side; needs no network."""
+    from nemo_spin.selfplay import reporting
+
+    path = reporting.report(options.run_dirs, output=options.output, num_samples=options.samples)
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
 def validate_config(options: argparse.Namespace) -> None:
     """Prints the resolved configuration, or everything that is wrong with it."""
     from nemo_spin.config.load import to_yaml
@@ -137,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         added = _add(commands, name, stage, text)
         added.add_argument(
-            "--iteration", type=_iteration, metavar="N", help="from 0; without it, the first that is not done"
+            "--iteration", type=_number, metavar="N", help="from 0; without it, the first that is not done"
         )
     _add(commands, "import-hf", stage, "model.path as a Megatron distributed checkpoint")
     checked = _add(commands, "validate-config", validate_config, "print the resolved configuration")
@@ -151,6 +159,17 @@ def _parser() -> argparse.ArgumentParser:
     shown = commands.add_parser("status", help="what is done in a run directory", description=status.__doc__)
     shown.add_argument("run_dir", metavar="RUN_DIR")
     shown.set_defaults(function=status)
+    reported = commands.add_parser(
+        "report", help="one HTML file of a run, or of several side by side", description=report.__doc__
+    )
+    reported.add_argument("run_dirs", metavar="RUN_DIR", nargs="+")
+    reported.add_argument(
+        "--output", metavar="FILE", help="default: report.html in RUN_DIR; for several ./comparison.html"
+    )
+    reported.add_argument(
+        "--samples", type=_number, metavar="N", help="prompts with texts, for each run (default: 1000)"
+    )
+    reported.set_defaults(function=report)
     return parser
 
 
@@ -172,7 +191,7 @@ def _add(
     return parser
 
 
-def _iteration(text: str) -> int:
+def _number(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)

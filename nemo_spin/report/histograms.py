@@ -10,7 +10,7 @@ import numpy as np
 from nemo_spin.report.metrics import short
 from nemo_spin.report.pair_values import PairValues
 
-_BINS = 40
+_MOST_BINS = 40
 _TAIL = 0.5  # per cent at either end that goes into the outermost bins
 
 
@@ -47,14 +47,15 @@ def histogram(series: Mapping[str, np.ndarray], *, whole: bool = False) -> dict[
 
 
 def _edges(values: np.ndarray, *, whole: bool) -> np.ndarray:
+    bins = max(8, min(_MOST_BINS, int(len(values) ** 0.5)))
     if whole:
         longest = int(np.percentile(values, 100 - _TAIL, method="higher"))
-        width = max(1, -(-(longest + 1) // _BINS))
+        width = max(1, -(-(longest + 1) // bins))
         return np.arange(0, (longest // width + 2) * width, width)
     low, high = np.percentile(values, [_TAIL, 100 - _TAIL])
     if low == high:
         low, high = low - 0.5, high + 0.5
-    return np.linspace(low, high, _BINS + 1)
+    return np.linspace(low, high, bins + 1)
 
 
 def histograms(values: Sequence[tuple[str, PairValues]]) -> list[dict[str, Any]]:
@@ -71,6 +72,7 @@ def histograms(values: Sequence[tuple[str, PairValues]]) -> list[dict[str, Any]]
     margins: dict[str, np.ndarray] = {}
     changes: dict[str, np.ndarray] = {}
     logps: dict[str, np.ndarray] = {}
+    ends = {values[0][0], values[-1][0]} if values else set()
     for label, of_pairs in values:
         if "train" in of_pairs.generated_lengths:
             lengths.setdefault("demonstrations", of_pairs.real_lengths["train"])
@@ -79,7 +81,7 @@ def histograms(values: Sequence[tuple[str, PairValues]]) -> list[dict[str, Any]]
             margins[label] = of_pairs.margins["margin"].to_numpy()
         for split, table in of_pairs.real_changes.items():
             changes[f"{label}{', held-out' if split == 'heldout' else ''}"] = table["change"].to_numpy()
-        if "train" in of_pairs.real_logps_per_token:
+        if "train" in of_pairs.real_logps_per_token and label in ends:
             logps[f"demonstrations, {label}"] = of_pairs.real_logps_per_token["train"]
             logps[f"answers, {label}"] = of_pairs.generated_logps_per_token["train"]
     described = [
@@ -93,7 +95,7 @@ def histograms(values: Sequence[tuple[str, PairValues]]) -> list[dict[str, Any]]
         ),
         (
             "Log-probability under the opponent",
-            "mean per token of each training response, before the iteration",
+            "mean per token of each training response, before the first and the last iteration",
             "nats per token",
             logps,
         ),

@@ -31,14 +31,14 @@ def read_metrics(path: Path) -> dict[str, Any]:
         for split in ("train", "heldout")
     }
     rows = {split: [by_step[step] for step in sorted(by_step)] for split, by_step in of_split.items()}
-    train = [_derived(row) for row in rows["train"]]
+    train, heldout = ([_derived(row) for row in rows[split]] for split in ("train", "heldout"))
     every = max(1, math.ceil(len(train) / MAX_POINTS))
     return {
         "train": _columns(train, every),
-        "heldout": _columns([_derived(row) for row in rows["heldout"]], 1),
+        "heldout": _columns(heldout, 1),
         "averaged": every,
         "steps": len(train),
-        "not_finite": _not_finite([*train, *rows["heldout"]]),
+        "not_finite": _not_finite([*train, *heldout]),
     }
 
 

@@ -26,6 +26,8 @@ SPLITS = ("train", "heldout")
 
 _SCORES = ["id", "sample", "iteration", "opponent_real_logps", "opponent_generated_logps"]
 _KEY = ["id", "sample"]
+_IDS = ["real_ids", "generated_ids"]
+_AFTER = ["real_after", "generated_after"]
 
 
 @dataclass
@@ -76,15 +78,26 @@ def pair_values(part: PartSource, following: PartSource | None) -> PairValues:
     return values
 
 
-def trained_with_beta(part: PartSource) -> float | None:
-    """`spin.beta` of an iteration whose training is done."""
+@dataclass(frozen=True)
+class _MarginRule:
+    """How an iteration's objective makes a margin of log-probabilities."""
+
+    beta: float
+    per_token: bool
+
+
+def _margin_rule(part: PartSource) -> _MarginRule | None:
+    """By the manifest of the training; None where it is not done, or took more than two scorings."""
     manifest = read_manifest(part.paths.train)
-    beta = manifest.inputs.get("config", {}).get("spin.beta") if manifest else None
-    return float(beta) if isinstance(beta, (int, float)) else None
+    settings = manifest.inputs.get("config", {}) if manifest else {}
+    beta = settings.get("spin.beta")
+    if not isinstance(beta, (int, float)) or settings.get("spin.opponent_mix"):
+        return None
+    return _MarginRule(float(beta), bool(settings.get("spin.length_normalized")))
 
 
 def _add_lengths(values: PairValues, directory: Path, split: str) -> None:
-    table = _read(directory, split, ["sample", "real_ids", "generated_ids"], lengths=True)
+    table = _read(directory, split, ["sample", *_IDS], lengths=True)
     if table.num_rows:
         first = table.filter(pc.equal(table["sample"], 0))
         values.real_lengths[split] = first["real_ids"].to_numpy()
@@ -93,7 +106,7 @@ def _add_lengths(values: PairValues, directory: Path, split: str) -> None:
 
 def _add_opponent_logps(values: PairValues, directory: Path, split: str, iteration: int) -> None:
     """Of this iteration's own answers; those mixed in from earlier ones are not counted again."""
-    table = _read(directory, split, [*_SCORES, "real_ids", "generated_ids"], lengths=True)
+    table = _read(directory, split, [*_SCORES, *_IDS], lengths=True)
     table = table.filter(pc.equal(table["iteration"], iteration))
     if table.num_rows:
         for kind, target in (
@@ -106,18 +119,16 @@ def _add_opponent_logps(values: PairValues, directory: Path, split: str, iterati
 
 def _add_changes(values: PairValues, part: PartSource, following: PartSource) -> None:
     assert part.iteration is not None, "plain fine-tuning scores nothing"
-    beta = trained_with_beta(part)
+    rule = _margin_rule(part)
     for split in SPLITS:
         before = _scores(part.paths.scored, split, part.iteration)
-        after = _read(following.paths.scored, split, _SCORES).rename_columns(
-            ["id", "sample", "iteration", "real_after", "generated_after"]
-        )
+        after = _read(following.paths.scored, split, _SCORES).rename_columns([*_KEY, "iteration", *_AFTER])
         if not before.num_rows or not after.num_rows:
             continue
         values.real_changes[split] = _real_changes(before, after)
         again = after.filter(pc.equal(after["iteration"], part.iteration)).drop_columns(["iteration"])
-        if beta is not None and again.num_rows:
-            values.margins = _margins(before.join(again, _KEY, join_type="inner"), beta)
+        if rule is not None and again.num_rows:
+            values.margins = _margins(before.join(again, _KEY, join_type="inner"), rule)
 
 
 def _real_changes(before: pa.Table, after: pa.Table) -> pa.Table:
@@ -129,16 +140,20 @@ def _real_changes(before: pa.Table, after: pa.Table) -> pa.Table:
     return pa.table({"id": both["id"], "change": change})
 
 
-def _margins(pairs: pa.Table, beta: float) -> pa.Table:
+def _margins(pairs: pa.Table, rule: _MarginRule) -> pa.Table:
     """beta [(policy - opponent)(real) - (policy - opponent)(generated)], after the iteration."""
-    real = pc.subtract(pairs["real_after"], pairs["opponent_real_logps"])
-    generated = pc.subtract(pairs["generated_after"], pairs["opponent_generated_logps"])
-    margin = pc.multiply(pc.subtract(real, generated), beta)
+    gains = []
+    for kind in ("real", "generated"):
+        gain = pc.subtract(pairs[f"{kind}_after"], pairs[f"opponent_{kind}_logps"])
+        gains.append(
+            pc.divide(gain, pc.max_element_wise(pairs[f"{kind}_ids"], 1)) if rule.per_token else gain
+        )
+    margin = pc.multiply(pc.subtract(*gains), rule.beta)
     return pa.table({"id": pairs["id"], "sample": pairs["sample"], "margin": margin})
 
 
 def _scores(directory: Path, split: str, iteration: int) -> pa.Table:
-    table = _read(directory, split, _SCORES)
+    table = _read(directory, split, [*_SCORES, *_IDS], lengths=True)
     return table.filter(pc.equal(table["iteration"], iteration)).drop_columns(["iteration"])
 
 
@@ -147,7 +162,7 @@ def _read(directory: Path, split: str, columns: Sequence[str], *, lengths: bool 
     tables = []
     for path in shard_paths(directory, split):
         table = pq.read_table(path, columns=list(columns), partitioning=None)
-        for name in ("real_ids", "generated_ids") if lengths else ():
+        for name in _IDS if lengths else ():
             table = table.set_column(columns.index(name), name, pc.list_value_length(table[name]))
         tables.append(table)
     return pa.concat_tables(tables) if tables else pa.table({name: [] for name in columns})

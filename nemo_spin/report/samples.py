@@ -158,7 +158,11 @@ def _add_drawn(
                     "t": clipped(text),
                     "n": len(row["generated_ids"]),
                 }
-                _flag(answer, cut=row["finish_reason"] == "length", equal=row["generated_ids"] == row["real_ids"])
+                _flag(
+                    answer,
+                    cut=row["finish_reason"] == "length",
+                    equal=row["generated_ids"] == row["real_ids"],
+                )
                 _number(answer, "g", margins.get((row["id"], row["sample"])))
                 _number(answer, "d", changes.get(row["id"]))
                 samples.answers[places[row["id"]]].append(answer)

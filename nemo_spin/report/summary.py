@@ -126,7 +126,9 @@ def _model(label: str, part: Mapping[str, Any] | None, evaluation: Mapping[str, 
         "train_margin": training.get("margin"),
         "train_accuracy": training.get("accuracy"),
         "steps": training.get("steps"),
-        "seconds": sum(time["seconds"] for time in part["times"].values()) if part and part["times"] else None,
+        "seconds": sum(time["seconds"] for time in part["times"].values())
+        if part and part["times"]
+        else None,
     }
     return {"label": label, "values": values}
 
@@ -218,7 +220,9 @@ def _architecture(model_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     shown = {key: config[key] for key in _ARCHITECTURE if key in config}
-    return {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in shown.items()}
+    return {
+        key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in shown.items()
+    }
 
 
 def installed_versions() -> dict[str, str]:

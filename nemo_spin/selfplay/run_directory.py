@@ -7,6 +7,7 @@ RUN_DIR/
   run.lock               who is working here
   data/                  prepare
   logs/                  of prepare
+  report.html            what there is so far, to look at
   iter_00/
     opponent             link to the Hugging Face directory of theta_t
     opponent_evaluation/ iteration 0 only: how theta_0 answers held-out prompts
@@ -122,6 +123,11 @@ class RunDirectory:
     def data_dir(self) -> Path:
         """The prepared demonstrations."""
         return self.path / "data"
+
+    @property
+    def report_path(self) -> Path:
+        """Everything above in one HTML file, for people."""
+        return self.path / "report.html"
 
     @property
     def imported_dir(self) -> Path:

@@ -43,6 +43,7 @@ const share = (value) => (isNumber(value) ? `${(100 * value).toFixed(1)} %` : 'â
 function duration(seconds) {
   if (!isNumber(seconds)) return 'â€“';
   if (seconds < 60) return `${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`;
+  if (seconds < 600) return `${(seconds / 60).toFixed(1)} min`;
   const minutes = Math.round(seconds / 60);
   if (minutes < 60) return `${minutes} min`;
   return `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, '0')} min`;

@@ -19,9 +19,9 @@ const MODEL_COLUMNS = [
 const TILES = [
   ['greedy_score', 'Score, greedy', number, 1],
   ['sampled_score', 'Score, sampled', number, 1],
-  ['policy_real_logps_per_token', 'Real log-prob per token, held out', number, 1],
-  ['sampled_mean_length', 'Answer length, tokens', number, 0],
-  ['sampled_cut_share', 'Answers cut by the limit', share, -1],
+  ['policy_real_logps_per_token', 'Real log-prob per token', number, 1],
+  ['sampled_mean_length', 'Answer length', number, 0],
+  ['sampled_cut_share', 'Answers cut', share, -1],
 ];
 
 function overview(section, report) {
@@ -38,7 +38,7 @@ function overview(section, report) {
   if (report.runs.length === 1) section.append(tiles(report.runs[0]));
   section.append(modelTable(report));
   const scores = scorePlots(report);
-  if (scores.length) section.append(el('div', { class: 'plots', style: { 'margin-top': '.9rem' } }, scores));
+  if (scores.length) section.append(el('div', { class: 'plots wide', style: { 'margin-top': '.9rem' } }, scores));
 }
 
 function tiles(run) {
@@ -91,6 +91,7 @@ function runLabel(report, run) {
 
 function scorePlots(report) {
   const isSeveral = report.runs.length > 1;
+  const most = Math.max(...report.runs.map((run) => run.models.length));
   return [['score', 'Score of held-out answers'], ['mean_length', 'Length of held-out answers']].map(([name, title]) => {
     const series = report.runs.flatMap((run, runIndex) => ['greedy', 'sampled'].map((way, index) => {
       const ys = run.models.map((model) => model.values[`${way}_${name}`]);
@@ -105,7 +106,8 @@ function scorePlots(report) {
       };
     })).filter((one) => one.ys.filter(isNumber).length > 1);
     return series.length ? plotCard({
-      title, series, unit: name === 'mean_length' ? 'tokens' : '', xName: 'model', xText: (place) => `θ${Math.round(place)}`, keys: true,
+      title, series, unit: name === 'mean_length' ? 'tokens' : '', keys: true,
+      xName: 'model', xText: (place) => `θ${place}`, xTicks: Array.from({ length: most }, (_, place) => place),
     }, lines) : null;
   }).filter(Boolean);
 }

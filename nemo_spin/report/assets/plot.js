@@ -52,8 +52,8 @@ function frame(width, spec, [xLow, xHigh], [yLow, yHigh], yTicks, yText) {
       svg('line', { class: 'axis', x1: EDGE.left, x2: right, y1: y(tick), y2: y(tick) }),
       svg('text', { x: EDGE.left - 7, y: y(tick) + 3.5, 'text-anchor': 'end' }, yText(tick)));
   }
-  for (const tick of niceTicks(xLow, xHigh, Math.max(2, Math.floor(width / 95)))) {
-    root.append(svg('text', { x: x(tick), y: HEIGHT - 7, 'text-anchor': 'middle' }, tickLabel(tick)));
+  for (const tick of spec.xTicks || niceTicks(xLow, xHigh, Math.max(2, Math.floor(width / 95)))) {
+    root.append(svg('text', { x: x(tick), y: HEIGHT - 7, 'text-anchor': 'middle' }, spec.xText ? spec.xText(tick) : tickLabel(tick)));
   }
   for (const mark of spec.marks || []) {
     if (mark.x > xLow) root.append(svg('line', { class: 'zero', x1: x(mark.x), x2: x(mark.x), y1: EDGE.top - 4, y2: bottom }));
@@ -202,7 +202,10 @@ function keyOf(series) {
 // A card with a plot that follows its width. `draw` is `lines` or `bins`.
 function plotCard(spec, draw) {
   const canvas = el('div', { class: 'plot' });
-  const keys = new Map(spec.series.filter((series) => !series.faint).map((series) => [series.key || series.name, series]));
+  const keys = new Map();
+  for (const series of spec.series) {
+    if (!series.faint && !keys.has(series.key || series.name)) keys.set(series.key || series.name, series);
+  }
   const card = el('div', { class: 'card', 'data-plot': spec.title },
     el('h3', null, spec.title, spec.unit ? el('span', { class: 'quiet small' }, ` · ${spec.unit}`) : null),
     spec.about ? el('p', { class: 'quiet small' }, spec.about) : null,

@@ -133,7 +133,7 @@ class SampleList {
 
   row(place) {
     const row = this.rows[place];
-    const lastModel = this.models[this.models.length - 1];
+    const lastModel = Math.max(...this.run.answers[row].map((answer) => answer.m));
     const cells = [
       this.cell('prompt', '', this.run.prompt[row], ''),
       this.cell('real', 'real', this.run.real[row], ''),
@@ -141,7 +141,7 @@ class SampleList {
         const answers = this.run.answers[row].filter((answer) => answer.m === model);
         const answer = PREFERRED.map((kind) => answers.find((one) => one.k === kind)).find(Boolean);
         const isLast = model === lastModel ? ' last' : '';
-        return this.cell(`model judged${isLast}`, `θ${model}`, answer ? answer.t : '', answer ? judged(answer) : '');
+        return this.cell(`model judged${isLast}`, `θ${model}`, answer ? answer.t : '', answer ? judged(answer, false) : '');
       }),
     ];
     return el('div', {
@@ -173,7 +173,7 @@ class SampleList {
         el('button', { type: 'button', onclick: () => dialog.close(), 'aria-label': 'Close' }, 'Close')),
       block('Prompt', '', this.run.prompt[row], ''),
       block('Demonstration', '', this.run.real[row], 'real'),
-      ...[...this.run.answers[row]].sort((a, b) => a.m - b.m).map((answer) => block(`θ${answer.m}`, [KIND_NAMES[answer.k] || answer.k, judged(answer)].filter(Boolean).join(' · '), answer.t, '')));
+      ...[...this.run.answers[row]].sort((a, b) => a.m - b.m).map((answer) => block(`θ${answer.m}`, [KIND_NAMES[answer.k] || answer.k, judged(answer, true)].filter(Boolean).join(' · '), answer.t, '')));
     dialog.onkeydown = (event) => {
       if (event.key === 'ArrowLeft') go(place - 1);
       if (event.key === 'ArrowRight') go(place + 1);
@@ -183,11 +183,11 @@ class SampleList {
   }
 }
 
-function judged(answer) {
+function judged(answer, isWhole) {
   return [
     isNumber(answer.s) ? `score ${number(answer.s)}` : '',
     isNumber(answer.g) ? `margin ${number(answer.g)}` : '',
-    isNumber(answer.d) ? `demonstration ${answer.d > 0 ? '+' : ''}${number(answer.d)} nats` : '',
+    isWhole && isNumber(answer.d) ? `demonstration ${answer.d > 0 ? '+' : ''}${number(answer.d)} nats` : '',
     answer.e ? 'as demonstrated' : '',
     answer.c ? 'cut' : '',
     isNumber(answer.n) ? `${answer.n} tokens` : '',

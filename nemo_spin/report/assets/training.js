@@ -18,7 +18,7 @@ const CURVES = [
   { title: 'Speed', unit: 'response tokens per second', keys: ['tokens_per_second'] },
 ];
 const KNOWN = new Set([
-  ...CURVES.flatMap((curve) => curve.keys), 'step', 'units', 'real_tokens', 'generated_tokens', 'response_tokens',
+  ...CURVES.flatMap((curve) => curve.keys), 'step', 'units', 'start_loss', 'real_tokens', 'generated_tokens', 'response_tokens',
   'forward_backward_seconds', 'policy_real_logps', 'policy_generated_logps', 'opponent_real_logps',
   'opponent_generated_logps', 'opponent_real_logps_per_token', 'opponent_generated_logps_per_token',
 ]);
@@ -133,7 +133,7 @@ function distributions(section, report) {
   }));
   if (!cards.length) return;
   heading(section, 'Distributions', 'Over all pairs of an iteration; shares, so that different numbers of pairs can be compared. What lies beyond the ends is counted in the outermost bins.');
-  section.append(el('div', { class: 'plots' }, cards));
+  section.append(el('div', { class: 'plots wide' }, cards));
 }
 
 function iterationOf(label) {
@@ -141,14 +141,17 @@ function iterationOf(label) {
   return found ? Number(found[1]) : null;
 }
 
-const AT_ZERO = { logistic: Math.log(2), hinge: 1, exponential: 1, correlation: 1 };
+function firstOf(part, name) {
+  const { step, [name]: values } = part.curves.train;
+  return step?.[0] === 0 && part.curves.averaged === 1 ? values?.[0] : null;
+}
 
 function checks(section, report) {
   const parts = report.runs.flatMap((run) => run.parts.filter((part) => part.iteration !== null).map((part) => ({ run, ...part })));
   const answers = (name) => (part) => part.answers.train?.[name];
   const rows = [
-    ['first loss (every margin is 0)', (part) => part.training.first_loss, number],
-    ['…what it must be', (part) => (isNumber(part.training.first_loss) ? AT_ZERO[part.settings['spin.loss']] : null), number],
+    ['first loss', (part) => firstOf(part, 'loss'), number],
+    ['what it must be: the policy is its opponent', (part) => firstOf(part, 'start_loss'), number],
     ['sampler against Megatron, nats per token', (part) => part.scored.sampler_difference, number],
     ['answers', answers('rows'), whole],
     ['answers as demonstrated (no gradient)', answers('equal_share'), share],

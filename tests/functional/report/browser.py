@@ -141,7 +141,11 @@ class Browser:
     def appear(self, *, width: int, height: int = 900, scheme: str = "light", phone: bool = False) -> None:
         """Sets the size of the page and the system's colour scheme."""
         self.devtools(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=phone,
         )
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.devtools("Emulation.setEmulatedMedia", features=[feature])

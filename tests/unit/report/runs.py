@@ -85,10 +85,17 @@ class Writer:
 
     def write(self) -> RunSource:
         self.run.path.mkdir(parents=True, exist_ok=True)
-        settings = {"name": "synthetic", "spin": {"beta": BETA, "lr": [1e-6, 5e-7], "history": self.shape.history}}
-        self.run.config_path.write_text(yaml.safe_dump({**settings, "seed": self.shape.seed}), encoding="utf-8")
+        settings = {
+            "name": "synthetic",
+            "spin": {"beta": BETA, "lr": [1e-6, 5e-7], "history": self.shape.history},
+        }
+        self.run.config_path.write_text(
+            yaml.safe_dump({**settings, "seed": self.shape.seed}), encoding="utf-8"
+        )
         self.prepare()
-        self.evaluation(0, self.run.iteration(0).opponent_evaluation, self.run.iteration(0).opponent_evaluation_path)
+        self.evaluation(
+            0, self.run.iteration(0).opponent_evaluation, self.run.iteration(0).opponent_evaluation_path
+        )
         parts = []
         for iteration in range(self.shape.iterations):
             files = self.run.iteration(iteration)
@@ -98,7 +105,13 @@ class Writer:
             self.scored(iteration)
             self.trained(iteration)
             self.evaluation(iteration + 1, files.evaluation, files.evaluation_path)
-            times = {"generate": 310.0, "score": 95.0, "train": 780.0 + 60 * iteration, "export": 21.0, "evaluate": 64.0}
+            times = {
+                "generate": 310.0,
+                "score": 95.0,
+                "train": 780.0 + 60 * iteration,
+                "export": 21.0,
+                "evaluate": 64.0,
+            }
             attempts = {"train": 2} if iteration == 1 else {}
             parts.append(
                 PartSource(iteration, files, {k: StageTime(v, attempts.get(k, 1)) for k, v in times.items()})
@@ -125,8 +138,16 @@ class Writer:
                 prompts[: len(self.shape.special)] = self.shape.special
             reals = [self.shape.answer(self.chance) for _ in range(number)]
             self.prepared[split] = [
-                {"id": f"{split}-{i:06d}", "prompt_ids": p[:-1], "real_ids": r, "prompt_text": pt, "real_text": rt}
-                for i, (p, r, pt, rt) in enumerate(zip(self.ids(prompts), self.ids(reals), prompts, reals, strict=True))
+                {
+                    "id": f"{split}-{i:06d}",
+                    "prompt_ids": p[:-1],
+                    "real_ids": r,
+                    "prompt_text": pt,
+                    "real_text": rt,
+                }
+                for i, (p, r, pt, rt) in enumerate(
+                    zip(self.ids(prompts), self.ids(reals), prompts, reals, strict=True)
+                )
             ]
             pq.write_table(
                 pa.Table.from_pylist(self.prepared[split], schema=PREPARED), directory / f"{split}.parquet"
@@ -142,7 +163,9 @@ class Writer:
         self.pairs[iteration] = {}
         files, counts = [], {}
         for split, rows in self.prepared.items():
-            answers = [self.shape.answer(self.chance) for _ in rows for _ in range(self.shape.num_generations)]
+            answers = [
+                self.shape.answer(self.chance) for _ in rows for _ in range(self.shape.num_generations)
+            ]
             ids = self.ids(answers)
             pairs = []
             for index, generated in enumerate(ids):
@@ -162,24 +185,29 @@ class Writer:
                         "sampler_logps": -2.0 * len(taken),
                         "num_sampler_tokens": len(taken),
                         "opponent_sha256": "cd" * 32,
-                        "real_logp": -2.2 * len(row["real_ids"]) * self.chance.uniform(0.8, 1.2),
+                        "real_logp": -2.2 * len(row["real_ids"]) * random.Random(row["id"]).uniform(0.8, 1.2),
                         "generated_logp": -1.7 * len(taken) * self.chance.uniform(0.8, 1.2),
                     }
                 )
             self.pairs[iteration][split] = pairs
-            table = pa.Table.from_pylist([{k: p[k] for k in GENERATED.names} for p in pairs], schema=GENERATED)
+            table = pa.Table.from_pylist(
+                [{k: p[k] for k in GENERATED.names} for p in pairs], schema=GENERATED
+            )
             middle = table.num_rows // 2
             for shard, piece in enumerate((table.slice(0, middle), table.slice(middle))):
                 files.append(f"{split}-shard-{shard:05d}-of-00002.parquet")
                 pq.write_table(piece, directory / files[-1])
             counts[split] = count_answers([table])
-        write_manifest(directory, stage="generate", files=files, inputs={"opponent": "cd" * 32}, counts=counts)
+        write_manifest(
+            directory, stage="generate", files=files, inputs={"opponent": "cd" * 32}, counts=counts
+        )
 
     def logps(self, pair: dict[str, Any], now: int) -> tuple[float, float]:
         """Under theta_now: real responses gain, answers of an earlier iteration lose."""
         age = now - pair["iteration"]
         noise = random.Random(f"{pair['id']} {pair['iteration']}").uniform(-1.0, 3.0)
-        real = pair["real_logp"] + self.shape.drift * now * len(pair["real_ids"])
+        luck = random.Random(f"{pair['id']} {now}").gauss(0, 0.5)
+        real = pair["real_logp"] + self.shape.drift * now * len(pair["real_ids"]) + luck
         return real, pair["generated_logp"] - age * (4.0 + noise * 3)
 
     def scored(self, iteration: int) -> None:
@@ -239,7 +267,12 @@ class Writer:
                     }
                 )
             score = sum(scores) / max(1, len(scores)) if self.shape.scorer else None
-            results[way] = {"score": score, "mean_length": 12.0 + model, "cut_share": 0.02, "equal_share": right}
+            results[way] = {
+                "score": score,
+                "mean_length": 12.0 + model,
+                "cut_share": 0.02,
+                "equal_share": right,
+            }
         pq.write_table(pa.Table.from_pylist(rows, schema=ANSWERS), directory / "evaluation.parquet")
         write_manifest(directory, stage="evaluate", files=["evaluation.parquet"], inputs={}, counts=results)
         write_json(numbers, results)
@@ -254,6 +287,7 @@ def metrics_line(step: int, shape: Shape, iteration: int, chance: random.Random)
     return {
         "split": "train",
         "loss": math.log1p(math.exp(-margin)),
+        "start_loss": math.log(2),
         "margin": margin,
         "policy_real_logps": real * 40,
         "policy_generated_logps": generated * 44,
