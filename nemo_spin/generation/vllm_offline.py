@@ -17,6 +17,8 @@ from nemo_spin.generation.capacity import kv_cache_bytes, memory_bytes
 from nemo_spin.generation.engine import Answer, Prompt, Sampling
 from nemo_spin.generation.request import EngineSettings
 
+_CPU_BATCHED_TOKENS = 8192  # per step; at least the longest request
+
 
 def prepare_environment(settings: EngineSettings) -> None:
     """Sets what vLLM reads from the environment; to be called before it is imported.
@@ -80,6 +82,9 @@ class VllmOffline:
             max_num_seqs=settings.max_num_seqs,
             kv_cache_memory_bytes=cache_bytes,
             enforce_eager=on_cpu,
+            # vLLM cannot split a seeded request's prompt over steps on CPU: its generator has no offset
+            enable_chunked_prefill=False if on_cpu else None,
+            max_num_batched_tokens=max(settings.max_model_len, _CPU_BATCHED_TOKENS) if on_cpu else None,
             enable_prefix_caching=True,  # the answers to one prompt share it
             generation_config="vllm",  # no sampling settings from the model's directory
             logprobs_mode="raw_logprobs",
