@@ -101,6 +101,23 @@ def _sequence_parallel_needs_tensor_parallel(config: Config) -> list[Mistake]:
     ]
 
 
+def _interleaving_needs_a_longer_pipeline(config: Config) -> list[Mistake]:
+    model = config.model
+    if model.virtual_pipeline_model_parallel_size is None or model.pipeline_model_parallel_size > 2:
+        return []
+    return [
+        mistake(
+            "model.virtual_pipeline_model_parallel_size",
+            found=f"{model.virtual_pipeline_model_parallel_size} with model.pipeline_model_parallel_size "
+            f"{model.pipeline_model_parallel_size}",
+            rule="an interleaved schedule needs more than two stages: with two, rows of different lengths "
+            "travelling both ways between the same ranks would be taken for each other",
+            remedy="set it to null, or model.pipeline_model_parallel_size to at least 3",
+            also=("model.pipeline_model_parallel_size",),
+        )
+    ]
+
+
 def _not_supported_yet(config: Config) -> list[Mistake]:
     others = "use tensor and pipeline parallelism instead"
     reasons = (
@@ -287,7 +304,14 @@ def _wandb_has_a_project(config: Config) -> list[Mistake]:
 
 RELATIONS: tuple[Relation, ...] = (
     Relation((*_SIZES, *_RANKS), _parallel_sizes_divide_the_world),
-    Relation((*_SIZES, *_RANKS, "model.packing", "model.micro_batch_size", "model.global_batch_size"), _batches_divide),
+    Relation(
+        (*_SIZES, *_RANKS, "model.packing", "model.micro_batch_size", "model.global_batch_size"),
+        _batches_divide,
+    ),
+    Relation(
+        ("model.virtual_pipeline_model_parallel_size", "model.pipeline_model_parallel_size"),
+        _interleaving_needs_a_longer_pipeline,
+    ),
     Relation(("model.sequence_parallel", _SIZES[0]), _sequence_parallel_needs_tensor_parallel),
     Relation(
         ("model.context_parallel_size", "model.expert_model_parallel_size", "generation.replicas"),

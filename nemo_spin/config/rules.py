@@ -53,6 +53,7 @@ RANGES: dict[str, Range] = {
     "seed": Range(low=0, below=2**31, whole=True),
     "model.tensor_model_parallel_size": _COUNT,
     "model.pipeline_model_parallel_size": _COUNT,
+    "model.virtual_pipeline_model_parallel_size": Range(low=2, whole=True),
     "model.context_parallel_size": _COUNT,
     "model.expert_model_parallel_size": _COUNT,
     "model.micro_batch_size": _COUNT,

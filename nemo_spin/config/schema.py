@@ -42,6 +42,7 @@ class ModelConfig:
     path: str = MISSING  # Hugging Face directory (or hub id) of theta_0
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None  # interleaved chunks per rank; null: one
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False

@@ -122,11 +122,14 @@ class Engine:
         microbatches = self.layout.microbatches(
             units, np.asarray(indices), dp_rank=self.runtime.dp_rank, dp_size=self.runtime.dp_size
         )
+        if len(self.chunks) > 1:  # the interleaved schedule takes whole groups of microbatches
+            microbatches += [[-1]] * (-len(microbatches) % self.runtime.pp_size)
         for chunk in self.chunks:
             chunk.train(not forward_only)
+        data = [self.layout.collated(units, microbatches, self.runtime.device) for _ in self.chunks]
         outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=ForwardStep(loss, self.vocab_size, self.runtime),
-            data_iterator=self.layout.collated(units, microbatches, self.runtime.device),
+            data_iterator=data if len(data) > 1 else data[0],
             model=self.chunks,
             num_microbatches=len(microbatches),
             seq_length=1,  # lengths vary from microbatch to microbatch and travel with the tensors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -82,6 +84,7 @@ def transformer_config(
         kv_channels=architecture.head_dim,
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
         context_parallel_size=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
         pipeline_dtype=params_dtype,
@@ -137,14 +140,6 @@ def layer_spec(architecture: Architecture, *, transformer_engine: bool) -> Any:
     return spec
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """Which ends of the model a pipeline stage holds."""
-
-    is_first: bool
-    is_last: bool
-
-
 def build_model(
     architecture: Architecture, model: ModelConfig, *, params_dtype: torch.dtype
 ) -> list[GPTModel]:
@@ -157,34 +152,37 @@ def build_model(
 
     Returns:
         One GPTModel per model chunk of this rank (one without interleaving), on this
-        rank's device.
+        rank's device, withholding logits on the last stage.
     """
     config = transformer_config(architecture, model, params_dtype=params_dtype)
+    interleaved = model.virtual_pipeline_model_parallel_size
+    stages = range(interleaved) if interleaved else [None]
+    return [_build_chunk(architecture, model, config, stage) for stage in stages]
+
+
+def _build_chunk(
+    architecture: Architecture, model: ModelConfig, config: TransformerConfig, vp_stage: int | None
+) -> GPTModel:
     transformer_engine = uses_transformer_engine(model.transformer_impl)
     spec = layer_spec(architecture, transformer_engine=transformer_engine)
     if not transformer_engine:
-        from megatron.core.transformer.transformer_block import get_num_layers_to_build
-
-        spec = TransformerBlockSubmodules(
-            layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm
-        )
-    stage = _Stage(
-        is_first=parallel_state.is_pipeline_first_stage(),
-        is_last=parallel_state.is_pipeline_last_stage(),
-    )
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+        spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+    is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=padded_vocab_size(architecture.vocab_size, model.tensor_model_parallel_size),
         max_sequence_length=architecture.max_position_embeddings,
-        pre_process=stage.is_first,
-        post_process=stage.is_last,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=is_last,
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
         position_embedding_type="rope",
+        vp_stage=vp_stage,
     )
     gpt.rotary_pos_emb = PositionedRotaryEmbedding(architecture.rope, architecture.head_dim, config)
     gpt.rotary_pos_emb.attach(gpt)
-    if stage.is_last:
+    if is_last:
         withhold_logits(gpt)
-    return [gpt.to(torch.cuda.current_device())]
+    return gpt.to(torch.cuda.current_device())

@@ -62,6 +62,7 @@ def initialize(
     *,
     tensor_model_parallel_size: int,
     pipeline_model_parallel_size: int,
+    virtual_pipeline_model_parallel_size: int | None = None,
     context_parallel_size: int = 1,
     seed: int,
     timeout_s: float = 1800.0,
@@ -103,6 +104,7 @@ def initialize(
     return _initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
         context_parallel_size=context_parallel_size,
         seed=seed,
         timeout_s=timeout_s,
@@ -126,6 +128,7 @@ def _initialize_model_parallel(
     *,
     tensor_model_parallel_size: int,
     pipeline_model_parallel_size: int,
+    virtual_pipeline_model_parallel_size: int | None,
     context_parallel_size: int,
     seed: int,
     timeout_s: float,
@@ -136,6 +139,7 @@ def _initialize_model_parallel(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
         context_parallel_size=context_parallel_size,
         distributed_timeout_minutes=max(1, int(timeout_s // 60)),
     )

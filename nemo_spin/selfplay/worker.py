@@ -61,6 +61,7 @@ def _run(options: argparse.Namespace, progress: Progress) -> None:
     runtime = initialize(
         tensor_model_parallel_size=config.model.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.model.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.model.context_parallel_size,
         seed=config.seed,
     )

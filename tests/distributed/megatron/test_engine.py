@@ -43,7 +43,12 @@ def _engine(model_dir: Path, layout: tuple[int, int, int, bool], **model: Any) -
     from nemo_spin.megatron.runtime import initialize
 
     tensor, pipeline, _, sequence_parallel = layout
-    runtime = initialize(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, seed=1)
+    runtime = initialize(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=model.get("virtual_pipeline_model_parallel_size"),
+        seed=1,
+    )
     config = ModelConfig(
         path=str(model_dir),
         tensor_model_parallel_size=tensor,
@@ -213,6 +218,25 @@ def test_several_generations_of_a_prompt_share_its_weight(llama: Path, tmp_path:
     pq.write_table(table, tmp_path / "pairs.parquet")
     step = {"table": tmp_path / "pairs.parquet", "loss": loss, "gradients": gradients, "units": 2}
     check_step(step, llama, tmp_path / "gradients", (1, 2, 1, False), packing=packing)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "model"),
+    [(4, {}), (3, {"virtual_pipeline_model_parallel_size": 2})],
+    ids=["four-stages", "interleaved"],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_deep_and_interleaved_pipelines(
+    tmp_path: Path, pipeline: int, model: dict[str, Any], tied: bool
+) -> None:
+    layers = pipeline * model.get("virtual_pipeline_model_parallel_size", 1)
+    model_dir = reference.make_model(tmp_path / "model", num_hidden_layers=layers, tie_word_embeddings=tied)
+    table = reference.make_pairs(NUM_ROWS)
+    table = reference.with_opponent(table, torch.full((NUM_ROWS, 2), -20.0, dtype=torch.float64))
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    loss, gradients = reference.spin_step(model_dir, table, BETA)
+    step = {"table": tmp_path / "pairs.parquet", "loss": loss, "gradients": gradients}
+    check_step(step, model_dir, tmp_path / "gradients", (1, pipeline, 1, False), **model)
 
 
 def test_recomputation_changes_no_gradient(llama: Path, step: dict[str, Any], tmp_path: Path) -> None:

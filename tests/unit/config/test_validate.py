@@ -266,3 +266,11 @@ def test_a_sampler_that_cannot_be_split() -> None:
     assert "generation.tensor_parallel_size: 3 does not divide" in unfit("generation.tensor_parallel_size=3")
     message = unfit("generation.tensor_parallel_size=4", num_attention_heads=12, num_query_groups=6)
     assert "4 neither divides the model's 6 key/value heads nor is a multiple of them" in message
+
+
+def test_an_interleaved_schedule_needs_three_stages() -> None:
+    two = ("trainer.devices=2", "model.pipeline_model_parallel_size=2")
+    message = refused(*two, "model.virtual_pipeline_model_parallel_size=2")
+    assert "more than two stages" in message and "set it to null" in message
+    three = ("trainer.devices=3", "model.pipeline_model_parallel_size=3")
+    accepted(*three, "model.virtual_pipeline_model_parallel_size=2")
