@@ -171,7 +171,8 @@ def kill_in(stage: str, config: Path, run_dir: Path, *, delay_s: float) -> None:
         wait_for(lambda: not any(map(is_running, children)), 10, f"what {stage} started ends")  # noqa: B023
         if current_stage(run_dir) == stage:
             return
-        shutil.rmtree(run_dir / STAGES[stage])  # it was over already: once more, and sooner
+        for name in list(STAGES)[list(STAGES).index(stage) :]:  # it was over: once more, and sooner
+            shutil.rmtree(run_dir / STAGES[name], ignore_errors=True)
     raise AssertionError(f"{stage} was always over")
 
 
@@ -243,3 +244,25 @@ def test_fine_tuning_gives_a_model_to_start_from(config: Path, tmp_path: Path) -
     again = nemo_spin("sft", "--config", str(config), f"sft.output={output}", "sft.max_steps=2")
     assert again.returncode == 0
     assert "sft" not in again.stdout
+
+
+def test_a_full_disk_stops_it_and_room_lets_it_go_on(config: Path, finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "small disk"
+    run_dir.mkdir()
+    used = sum(path.stat().st_size for path in finished.rglob("*") if path.is_file())
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={used // 2}", "tmpfs", str(run_dir)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        result = nemo_spin("run", "--config", str(config), f"run_dir={run_dir}")
+        assert result.returncode == 2, result.stderr + result.stdout
+        assert "No space left" in result.stderr
+        assert "free some space" in result.stderr
+        assert "Traceback" not in result.stderr
+        subprocess.run(["mount", "-o", f"remount,size={used * 3}", str(run_dir)], check=True)
+        result = nemo_spin("run", "--config", str(config), f"run_dir={run_dir}")
+        assert result.returncode == 0, result.stderr + result.stdout
+        assert hashes(run_dir) == hashes(finished)
+    finally:
+        subprocess.run(["umount", "--lazy", str(run_dir)], check=True)
