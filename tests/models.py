@@ -98,7 +98,6 @@ def write_model(directory: Path, *, seed: int = 0, **settings: Any) -> Path:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 32,  # the smallest that vLLM's CPU attention takes
-            "head_dim": 32,
             "max_position_embeddings": 128,
             "tie_word_embeddings": False,
             "initializer_range": 0.1,

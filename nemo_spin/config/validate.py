@@ -52,6 +52,7 @@ def check_model_fits(
     num_query_groups: int,
     ffn_hidden_size: int,
     vocab_size: int,
+    sliding_window: int | None = None,
 ) -> None:
     """Checks that the model can be split as configured.
 
@@ -65,6 +66,7 @@ def check_model_fits(
         num_query_groups: Heads of the keys and values.
         ffn_hidden_size: Width of the gated MLP.
         vocab_size: Tokens, without padding.
+        sliding_window: Tokens a position attends to; None where it is all before it.
 
     Raises:
         ConfigError: It cannot; the message lists every size that does not divide.
@@ -89,7 +91,12 @@ def check_model_fits(
             ffn_hidden_size,
             "MLP columns",
         ),
-        ("model.pipeline_model_parallel_size", model.pipeline_model_parallel_size, num_layers, "layers"),
+        (
+            "model.pipeline_model_parallel_size",
+            model.pipeline_model_parallel_size * (model.virtual_pipeline_model_parallel_size or 1),
+            num_layers,
+            "layers",
+        ),
         (
             "generation.tensor_parallel_size",
             config.generation.tensor_parallel_size,
@@ -116,6 +123,21 @@ def check_model_fits(
                 found=f"{model.tensor_model_parallel_size}, and the model has a vocabulary of {vocab_size}",
                 rule="every tensor-parallel rank holds at least one token of the vocabulary",
                 remedy=f"set it to at most {vocab_size}",
+            )
+        )
+    longest = config.data.max_prompt_length + max(
+        config.data.max_response_length, config.generation.max_tokens
+    )
+    if sliding_window is not None and longest > sliding_window:
+        mistakes.append(
+            mistake(
+                "data.max_prompt_length",
+                found=f"prompt and response may have {longest} tokens, and the model attends to the "
+                f"last {sliding_window} (sliding_window)",
+                rule="training attends to everything before a token, so that no sequence may be longer "
+                "than the model's window",
+                remedy="lower data.max_prompt_length, data.max_response_length or generation.max_tokens",
+                also=("data.max_response_length", "generation.max_tokens"),
             )
         )
     raise_together(mistakes)

@@ -89,10 +89,12 @@ class _ListColumn:
         self._values = array.values.to_numpy(zero_copy_only=False)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return self._values[self._offsets[row] : self._offsets[row + 1]]
+        ids: np.ndarray = self._values[self._offsets[row] : self._offsets[row + 1]]
+        return ids
 
     def lengths(self) -> np.ndarray:
-        return np.diff(self._offsets).astype(np.int64)
+        lengths: np.ndarray = np.diff(self._offsets).astype(np.int64)
+        return lengths
 
 
 def _first_rows(table: pa.Table) -> np.ndarray:

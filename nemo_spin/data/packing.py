@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,12 +74,10 @@ class Microbatch:
 
     def to(self, device: torch.device) -> Microbatch:
         """The same on `device`; segments stay on the CPU, where they are read."""
-        moved = {
-            field.name: value.to(device)
-            if isinstance(value := getattr(self, field.name), Tensor) and field.name != "segments"
-            else value
-            for field in fields(self)
-        }
+        moved: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, Tensor) and name != "segments":
+                moved[name] = value.to(device)
         return Microbatch(**moved)
 
 
@@ -103,7 +102,8 @@ class Layout:
         """Packed token positions of each of `indices`. [len(indices)] int64."""
         prompt, responses, number = units.token_counts()[indices].T
         copies = number if self.packing == "pairs" else np.ones_like(number)
-        return prompt * copies + responses
+        tokens: np.ndarray = prompt * copies + responses
+        return tokens
 
     def microbatches(
         self, units: Units, indices: np.ndarray, *, dp_rank: int, dp_size: int

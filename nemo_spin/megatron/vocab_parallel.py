@@ -106,7 +106,7 @@ class _LogpsWithoutLogits(torch.autograd.Function):
     """With p = softmax(z), d log p[target] / dz = onehot(target) - p, formed again chunk by chunk."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tp_group: Any
     ) -> Tensor:
         rows = weight.shape[0]

@@ -26,7 +26,7 @@ class MegatronOptimizerAdapter(torch.optim.Optimizer):
         self._learning_rate = learning_rate
         self.grad_norm = float("nan")
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step of all ranks."""
         result = closure() if closure is not None else None
         rate = self._learning_rate()

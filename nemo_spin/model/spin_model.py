@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from nemo.core.classes import ModelPT
 from omegaconf import OmegaConf
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from nemo_spin.bridge.families import architecture_of
 from nemo_spin.bridge.import_hf import load_weights
@@ -35,6 +35,19 @@ from nemo_spin.objective.objective import build_objective
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 _EVALUATION_UNITS = 256  # per data-parallel rank and schedule call, for held-out rows
+
+
+class _Steps(Dataset[int]):
+    """Numbers Lightning's batches; what a batch holds follows from the optimizer step."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> int:
+        return index
 
 
 class MegatronGPTSPINModel(ModelPT):
@@ -68,13 +81,13 @@ class MegatronGPTSPINModel(ModelPT):
     def setup_training_data(self, train_data_config: Any) -> None:
         """Reads the training rows; one Lightning batch is one optimizer step."""
         self._units = self._read(train_data_config["split"])
-        self._train_dl = DataLoader(range(self.num_steps), batch_size=None)
+        self._train_dl: Any = DataLoader(_Steps(self.num_steps), batch_size=None)
 
     def setup_validation_data(self, val_data_config: Any) -> None:
         """Reads the held-out rows; they are one Lightning batch."""
         units = self._read(val_data_config["split"])
         self._heldout = units if units.num_units else None
-        self._validation_dl = DataLoader(range(1), batch_size=None)
+        self._validation_dl: Any = DataLoader(_Steps(1), batch_size=None)
 
     def _read(self, split: str) -> Units:
         if self.job.objective == "sft":
