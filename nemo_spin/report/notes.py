@@ -6,10 +6,20 @@ import contextlib
 from collections.abc import Iterator
 
 import pyarrow as pa
+import yaml
 
 from nemo_spin.errors import NemoSpinError
 
-_UNREADABLE = (NemoSpinError, OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError)
+_UNREADABLE = (
+    NemoSpinError,
+    OSError,
+    pa.ArrowException,
+    yaml.YAMLError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)
 
 
 class Notes:

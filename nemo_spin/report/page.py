@@ -13,7 +13,7 @@ import hashlib
 import html
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -21,7 +21,7 @@ _ASSETS = resources.files("nemo_spin.report") / "assets"
 _SCRIPTS = ("dom.js", "plot.js", "overview.js", "training.js", "samples.js", "settings.js", "main.js")
 
 
-def render(summary: Mapping[str, Any], samples: list[Mapping[str, Any]], *, title: str) -> str:
+def render(summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], *, title: str) -> str:
     """The page.
 
     Args:

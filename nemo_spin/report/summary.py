@@ -161,7 +161,8 @@ def _evaluation(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {way: numbers for way, numbers in value.items() if isinstance(numbers, dict)} if value else {}
+    ways = value.items() if isinstance(value, dict) else ()
+    return {way: numbers for way, numbers in ways if isinstance(numbers, dict)}
 
 
 def _settings(config_path: Path, notes: Notes) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class SampleList {
     const here = this.run.id.length;
     this.count.textContent = `${whole(rows.length)} of ${whole(here)}${inAll > here ? ` (evenly chosen from ${whole(inAll)})` : ''}`;
     this.list.scrollTop = 0;
-    this.height = Number(getComputedStyle(document.documentElement).getPropertyValue('--row'));
+    this.forget();
     this.render();
   }
 
@@ -114,21 +114,35 @@ class SampleList {
     this.frame = requestAnimationFrame(() => { this.frame = 0; this.render(); });
   }
 
+  forget() {
+    this.shown = new Map(); // place -> element; elements stay while they are in view
+    this.body.replaceChildren();
+  }
+
   render() {
-    this.height = Number(getComputedStyle(document.documentElement).getPropertyValue('--row')) || 78;
+    const height = Number(getComputedStyle(document.documentElement).getPropertyValue('--row')) || 78;
+    if (height !== this.height) this.forget();
+    this.height = height;
     this.body.style.height = `${Math.max(this.rows.length * this.height, 1)}px`;
     if (!this.rows.length) {
       this.body.replaceChildren(el('div', { class: 'empty' }, this.run.id.length ? 'Nothing found.' : 'No samples yet.'));
       this.body.style.height = 'auto';
-      return;
+      return; // the next update forgets it
     }
     const first = Math.max(0, Math.floor(this.list.scrollTop / this.height) - 4);
     const last = Math.min(this.rows.length, first + Math.ceil(this.list.clientHeight / this.height) + 9);
-    const focused = document.activeElement?.dataset?.place;
-    const made = [];
-    for (let place = first; place < last; place += 1) made.push(this.row(place));
-    this.body.replaceChildren(...made);
-    if (focused !== undefined) this.body.querySelector(`[data-place="${focused}"]`)?.focus({ preventScroll: true });
+    for (const [place, element] of this.shown) {
+      if (place < first || place >= last) {
+        element.remove();
+        this.shown.delete(place);
+      }
+    }
+    for (let place = last - 1; place >= first; place -= 1) {
+      if (this.shown.has(place)) continue;
+      const element = this.row(place);
+      this.shown.set(place, element);
+      this.body.insertBefore(element, this.shown.get(place + 1) || null); // the tab key goes by this order
+    }
   }
 
   row(place) {

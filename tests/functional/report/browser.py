@@ -158,7 +158,8 @@ class Browser:
     def click(self, selector: str) -> None:
         """Clicks the first element that matches, with the mouse, after scrolling to it."""
         place = self.run(
-            "const e = document.querySelector(arguments[0]); e.scrollIntoView({block: 'center', behavior: 'instant'});"
+            "const e = document.querySelector(arguments[0]);"
+            "e.scrollIntoView({block: 'center', behavior: 'instant'});"
             "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2];",
             selector,
         )

@@ -26,7 +26,7 @@ from nemo_spin.selfplay.run_directory import RunDirectory
 from tests.models import write_tokenizer
 
 END = 3
-WORDS = "copper lantern river seven quiet harbour paper violet engine meadow silver thread candle".split()
+WORDS = ("copper", "lantern", "river", "seven", "quiet", "harbour", "paper", "violet", "engine", "meadow")
 BETA = 0.1
 
 Texts = Callable[[random.Random], str]
