@@ -23,6 +23,7 @@ from nemo_spin.selfplay.inputs import config_differences
 from nemo_spin.selfplay.launcher import Launcher
 from nemo_spin.selfplay.lock import locked
 from nemo_spin.selfplay.preflight import check_model, find_model
+from nemo_spin.selfplay.reporting import refresh
 from nemo_spin.selfplay.run_directory import RunDirectory
 from nemo_spin.selfplay.screen import Screen
 from nemo_spin.selfplay.signals import STOPPED, stop_on_signals
@@ -116,6 +117,8 @@ def _open(config: Config, path: Path, *, launcher: Launcher, screen: Screen) -> 
         session = Session(context, screen)
         yield session
         session.state.left()
+        if session.has_run:
+            session.refresh_report()  # it has ended: the report says so too
 
 
 def _make(path: Path) -> None:
@@ -143,6 +146,7 @@ class Session:
     def __init__(self, context: Context, screen: Screen) -> None:
         self.context = context
         self.state = StateFile(context.run.state_path)
+        self.has_run = False
         self._screen = screen
 
     def begin(self, stages: Sequence[Stage]) -> None:
@@ -195,7 +199,13 @@ class Session:
             stage.publish(manifest)
             self.state.ended(states.DONE)
             self._screen.result(stage.describe(manifest))
+        self.has_run = True
+        self.refresh_report()
         return True
+
+    def refresh_report(self) -> None:
+        """Writes report.html anew; a failure is a warning."""
+        refresh(self.context.run, warn=self._screen.note)
 
     def _run(self, stage: Stage, inputs: dict[str, Any]) -> Manifest:
         try:

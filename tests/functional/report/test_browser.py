@@ -220,7 +220,7 @@ def test_several_runs_side_by_side(browser: Browser, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_50_000_samples_stay_usable(browser: Browser, tmp_path: Path) -> None:
     def text(chance: random.Random) -> str:
-        return " ".join(chance.choices(WORDS, k=25))
+        return " ".join(chance.choices(WORDS, k=12))
 
     shape = Shape(prompts=49_900, heldout=100, iterations=2, steps=3, prompt=text, answer=text)
     run = write_run(tmp_path / "run", shape)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nemo_spin.config.schema import Config
 from nemo_spin.report import write
+from nemo_spin.report.sources import RunSource
 from nemo_spin.selfplay.reporting import refresh, run_source
 from nemo_spin.selfplay.run_directory import RunDirectory
 from nemo_spin.selfplay.state import DONE, FAILED, StateFile
@@ -55,3 +58,22 @@ def test_a_report_that_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(write, "write_report", fail)
     refresh(run, warn=warnings.append)
     assert warnings == ["report.html could not be written: MemoryError"]
+
+
+def test_the_loop_refreshes_it_after_every_stage_and_at_the_end(
+    make_config: Callable[..., Config], run: Callable[[Config], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[str] = []
+
+    def look(sources: list[RunSource], path: Path, **_: object) -> None:
+        done = sum(len(part.times) for part in sources[0].parts) + len(sources[0].times)
+        states.append(f"{done} {sources[0].status}")
+        raise OSError("no room")
+
+    monkeypatch.setattr(write, "write_report", look)
+    said = run(make_config(spin={"iterations": 1}))
+    assert states == [*(f"{done} running" for done in range(1, 8)), "7 done"]
+    assert said.count("report.html could not be written: no room") == 8
+    states.clear()
+    run(make_config(spin={"iterations": 1}))  # everything is done
+    assert states == []
