@@ -4,12 +4,18 @@ Six letters are to be put into alphabetical order, into reverse alphabetical ord
 read backwards; each kind of instruction comes in several wordings. Everything follows
 from the seed, nothing is downloaded.
 
-Usage: `python task.py OUT_DIR` writes `train.jsonl` and `heldout.jsonl`, one chat each.
+Usage: `python task.py OUT_DIR` writes three files with one chat per line:
+
+- `pretrain.jsonl`: unreliable text to learn the language from; in half of the answers two
+  letters have changed places;
+- `train.jsonl`: the demonstrations, all of them right;
+- `heldout.jsonl`: instructions that occur in neither.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -59,6 +65,15 @@ def instructions(seed: int) -> Iterator[tuple[str, str]]:
         yield wording.format(letters=" ".join(letters)), " ".join(answer(kind, letters))
 
 
+def careless(response: str, generator: random.Random, share: float) -> str:
+    """`response` with two letters exchanged, in this share of the cases."""
+    letters = response.split()
+    if generator.random() < share:
+        first, second = generator.sample(range(len(letters)), 2)
+        letters[first], letters[second] = letters[second], letters[first]
+    return " ".join(letters)
+
+
 def write_chats(path: Path, pairs: list[tuple[str, str]]) -> None:
     """One JSON object with `id` and `messages` per line."""
     with path.open("w", encoding="utf-8") as stream:
@@ -71,18 +86,24 @@ def write_chats(path: Path, pairs: list[tuple[str, str]]) -> None:
 
 
 def main() -> None:
-    """Writes both splits; no instruction is in both."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Writes all files; no instruction is in two of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--train", type=int, default=4096, help="number of demonstrations")
+    parser.add_argument("--pretrain", type=int, default=51_200, help="number of unreliable chats")
+    parser.add_argument("--mistakes", type=float, default=0.5, help="share of them that is wrong")
+    parser.add_argument("--train", type=int, default=1024, help="number of demonstrations")
     parser.add_argument("--heldout", type=int, default=512, help="number of held-out prompts")
     parser.add_argument("--seed", type=int, default=1234)
     arguments = parser.parse_args()
 
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
     source = instructions(arguments.seed)
-    for split, size in (("heldout", arguments.heldout), ("train", arguments.train)):
-        write_chats(arguments.out_dir / f"{split}.jsonl", [next(source) for _ in range(size)])
+    for split in ("heldout", "train", "pretrain"):
+        pairs = list(itertools.islice(source, getattr(arguments, split)))
+        if split == "pretrain":
+            generator = random.Random(arguments.seed)
+            pairs = [(prompt, careless(text, generator, arguments.mistakes)) for prompt, text in pairs]
+        write_chats(arguments.out_dir / f"{split}.jsonl", pairs)
 
 
 if __name__ == "__main__":
