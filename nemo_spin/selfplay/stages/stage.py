@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 from nemo_spin.config.schema import Config
 from nemo_spin.data.files import Manifest, remove_partials, write_json
 from nemo_spin.data.progress import Progress
-from nemo_spin.errors import ConfigError, explain
+from nemo_spin.errors import ConfigError, GenerationError, StageError, explain
 from nemo_spin.selfplay.following import follow
 from nemo_spin.selfplay.inputs import config_inputs, plain
 from nemo_spin.selfplay.launcher import Job, Launcher, RunningJob
 from nemo_spin.selfplay.run_directory import IterationDirectory, RunDirectory
+from nemo_spin.selfplay.storage import full_disk_error
 from nemo_spin.selfplay.verified import Verified
 
 WORKER = "nemo_spin.selfplay.worker"
@@ -174,13 +175,17 @@ class Stage(abc.ABC):
         Raises:
             NemoSpinError: They failed.
         """
-        follow(
-            job,
-            name=self.label,
-            progress_path=self.progress_path,
-            progress=progress,
-            timeout_s=self.context.config.launcher.timeout_s,
-        )
+        try:
+            follow(
+                job,
+                name=self.label,
+                progress_path=self.progress_path,
+                progress=progress,
+                timeout_s=self.context.config.launcher.timeout_s,
+            )
+        except (StageError, GenerationError) as error:
+            full = full_disk_error(self.context.run.path, str(error))
+            raise full or error from error
 
     def required(self, stage: Stage) -> Manifest:
         """The manifest of a stage that this one consumes.

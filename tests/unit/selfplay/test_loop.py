@@ -116,6 +116,37 @@ def test_a_job_that_ends_without_a_word(
         run(make_config())
 
 
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [("OSError: [Errno 28] torn", DataError), ("Disk quota exceeded", DataError), ("a bug", StageError)],
+)
+def test_a_full_disk_is_recognised_in_what_a_job_says(
+    run: Run,
+    make_config: MakeConfig,
+    stand_ins: StandIns,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    words: str,
+    kind: type[Exception],
+) -> None:
+    from tests.unit.selfplay.conftest import StandInJob
+
+    monkeypatch.setattr(stand_ins, "start", lambda job: StandInJob(1))
+    monkeypatch.setattr(StandInJob, "describe_failure", lambda job: words)
+    with pytest.raises(kind):
+        run(make_config())
+
+
+def test_a_full_disk_in_this_process(run: Run, make_config: MakeConfig, stand_ins: StandIns) -> None:
+    stand_ins.fail_in = "generate of iteration 0"
+    stand_ins.error = OSError(28, "No space left on device", "/runs/shard")
+    with pytest.raises(DataError, match=r"/runs/shard: could not be written \(No space left on device\)"):
+        run(make_config())
+    stand_ins.error = OSError(9, "Bad file descriptor")  # a defect
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        run(make_config())
+
+
 class TestChangedConfiguration:
     def test_what_matters_to_a_finished_stage_is_refused(
         self, run: Run, make_config: MakeConfig, directory: RunDirectory
