@@ -61,15 +61,22 @@ step "Self-play"
 nemo_spin run quickstart "${overrides[@]}"
 
 steps=$(python $quickstart/compare.py "$out" --steps)
+# Evaluates model.path alone, into the run directory $1.
+evaluate() {
+    local run_dir=$1
+    shift
+    [[ -e $run_dir/iter_00/opponent_evaluation/manifest.json ]] && return
+    nemo_spin prepare quickstart run_dir="$run_dir" "$@"
+    nemo_spin evaluate quickstart run_dir="$run_dir" "$@"
+}
+
+steps=$(python $quickstart/compare.py "$out" --steps)
 step "For comparison: fine-tuning of theta_0, continued for $steps steps"
 nemo_spin sft continued_sft sft.max_steps="$steps"
-nemo_spin prepare continued_sft model.path="$out/continued_sft/model"
-nemo_spin evaluate continued_sft model.path="$out/continued_sft/model"
+evaluate "$out/continued_sft/evaluated" model.path="$out/continued_sft/model"
 
 step "For comparison: theta_0 at half the temperature"
-cooler=(run_dir="$out/theta_0_cooler" generation.temperature=0.5 evaluation.greedy=false)
-nemo_spin prepare quickstart "${cooler[@]}"
-nemo_spin evaluate quickstart "${cooler[@]}"
+evaluate "$out/theta_0/evaluated_cooler" generation.temperature=0.5 evaluation.greedy=false
 
 step "Results"
 python $quickstart/compare.py "$out"

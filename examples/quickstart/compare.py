@@ -38,8 +38,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def row(model: str, steps: int, evaluation: Path) -> Row:
-    """A model and its evaluation."""
-    numbers = read(evaluation)
+    """A model and what its evaluation found."""
+    numbers = read(evaluation / "evaluation.json")
     scores = {way: numbers.get(way, {}).get("score") for way in ("sampled", "greedy")}
     return Row(model, steps, **scores)
 
@@ -52,17 +52,17 @@ def steps_of(iteration: Path) -> int:
 def rows(out_dir: Path) -> list[Row]:
     """All models, in the order of the quickstart."""
     iterations = sorted((out_dir / "spin").glob("iter_*"))
-    theta_0 = "opponent_evaluation.json"
+    cooler = out_dir / "theta_0" / "evaluated_cooler" / "iter_00"
     table = [
-        row("theta_0", 0, iterations[0] / theta_0),
-        row("theta_0 at temperature 0.5", 0, out_dir / "theta_0_cooler" / "iter_00" / theta_0),
+        row("theta_0", 0, iterations[0] / "opponent_evaluation"),
+        row("theta_0 at temperature 0.5", 0, cooler / "opponent_evaluation"),
     ]
     steps = 0
     for number, iteration in enumerate(iterations, start=1):
         steps += steps_of(iteration)
-        table.append(row(f"theta_{number} (self-play)", steps, iteration / "evaluation.json"))
-    continued = out_dir / "continued_sft_evaluation" / "iter_00" / theta_0
-    table.append(row("continued fine-tuning", steps, continued))
+        table.append(row(f"theta_{number} (self-play)", steps, iteration / "evaluation"))
+    continued = out_dir / "continued_sft" / "evaluated" / "iter_00"
+    table.append(row("continued fine-tuning", steps, continued / "opponent_evaluation"))
     return table
 
 
