@@ -118,6 +118,20 @@ def _interleaving_needs_a_longer_pipeline(config: Config) -> list[Mistake]:
     ]
 
 
+def _distributed_optimizer_shards_adam(config: Config) -> list[Mistake]:
+    if not config.model.use_distributed_optimizer or config.model.optim.name == "adam":
+        return []
+    return [
+        mistake(
+            "model.use_distributed_optimizer",
+            found=f"true with model.optim.name {config.model.optim.name}",
+            rule="the distributed optimizer shards the states of adam alone",
+            remedy="set it to null, or choose model/optim=adam",
+            also=("model.optim.name",),
+        )
+    ]
+
+
 def _not_supported_yet(config: Config) -> list[Mistake]:
     others = "use tensor and pipeline parallelism instead"
     reasons = (
@@ -317,6 +331,7 @@ RELATIONS: tuple[Relation, ...] = (
         ("model.context_parallel_size", "model.expert_model_parallel_size", "generation.replicas"),
         _not_supported_yet,
     ),
+    Relation(("model.use_distributed_optimizer", "model.optim.name"), _distributed_optimizer_shards_adam),
     Relation(("launcher.name", "trainer.num_nodes"), _local_launcher_has_one_node),
     Relation(("model.transformer_impl", "trainer.accelerator"), _transformer_engine_needs_a_gpu),
     Relation(("model.optim.betas",), _two_betas),

@@ -52,7 +52,7 @@ class ModelConfig:
     micro_batch_size: int = 4  # pairs per microbatch and data-parallel rank, without packing
     global_batch_size: int = 64  # pairs per optimizer step
     recompute_granularity: str | None = None  # null | full
-    use_distributed_optimizer: bool | None = None  # null: on GPUs with data parallelism
+    use_distributed_optimizer: bool | None = None  # null: on GPUs with data parallelism and Adam
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 

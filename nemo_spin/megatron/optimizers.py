@@ -19,10 +19,13 @@ from nemo_spin.config.schema import ModelConfig, OptimConfig
 
 
 def uses_distributed_optimizer(model: ModelConfig, *, dp_size: int) -> bool:
-    """Resolves `model.use_distributed_optimizer`: by default on GPUs with data parallelism."""
+    """Resolves `model.use_distributed_optimizer`: by default on GPUs with data parallelism and Adam.
+
+    Megatron's distributed optimizer shards and stores the states of Adam alone.
+    """
     if model.use_distributed_optimizer is not None:
         return model.use_distributed_optimizer
-    return torch.cuda.is_available() and dp_size > 1
+    return torch.cuda.is_available() and dp_size > 1 and model.optim.name == "adam"
 
 
 def wrap_for_training(chunks: list[GPTModel], *, distributed_optimizer: bool) -> list[Any]:

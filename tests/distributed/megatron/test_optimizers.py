@@ -67,3 +67,40 @@ def test_trajectory_is_that_of_torch(tmp_path: Path, name: str, weight_decay: fl
     worst, moved = run_ranks(_trajectory, 1, model_dir, name, weight_decay)
     assert worst < 1e-6
     assert moved > 1e-3, "the weights must have gone somewhere for the comparison to mean anything"
+
+
+def _tiny_steps(model_dir: Path) -> tuple[float, bool]:
+    """How far bfloat16 weights and their float32 main weights move in 200 steps of 1e-7."""
+    from nemo_spin.bridge.families import architecture_of
+    from nemo_spin.bridge.import_hf import load_weights
+    from nemo_spin.config.schema import ModelConfig
+    from nemo_spin.megatron.optimizers import build_optimizer, wrap_for_training
+    from nemo_spin.megatron.provider import build_model
+    from nemo_spin.megatron.runtime import initialize
+
+    initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1)
+    config = ModelConfig(path=str(model_dir))
+    config.optim.clip_grad = 0.0
+    architecture = architecture_of(model_dir)
+    chunks = build_model(architecture, config, params_dtype=torch.bfloat16)
+    load_weights(chunks, model_dir, architecture)
+    wrapped = wrap_for_training(chunks, distributed_optimizer=False)
+    optimizer = build_optimizer(
+        wrapped, config.optim, lr=1e-7, params_dtype=torch.bfloat16, distributed=False
+    )
+    weight = wrapped[0].module.decoder.layers[0].mlp.linear_fc2.weight
+    start, main_start = weight.detach().clone(), weight.main_param.detach().clone()
+    for _ in range(200):
+        for parameter in wrapped[0].parameters():
+            parameter.main_grad.fill_(1.0)
+        optimizer.step()
+    moved = (weight.main_param - main_start).abs().min().item()
+    return moved, bool((weight != start).any())
+
+
+def test_learning_rates_of_1e_7_move_bfloat16_weights(tmp_path: Path) -> None:
+    """A step of 1e-7 is below bfloat16's resolution; it is kept in the float32 main weights."""
+    moved, visible = run_ranks(_tiny_steps, 1, reference.make_model(tmp_path / "model"))
+    # RMSProp with a constant gradient of 1: step i moves by lr / sqrt(1 - 0.99^i), so 200 by more than 200 lr
+    assert moved > 200 * 1e-7
+    assert visible, "the steps add up to more than bfloat16's resolution for the smallest weights"

@@ -274,3 +274,9 @@ def test_an_interleaved_schedule_needs_three_stages() -> None:
     assert "more than two stages" in message and "set it to null" in message
     three = ("trainer.devices=3", "model.pipeline_model_parallel_size=3")
     accepted(*three, "model.virtual_pipeline_model_parallel_size=2")
+
+
+def test_the_distributed_optimizer_is_for_adam() -> None:
+    on = "model.use_distributed_optimizer=true"
+    assert "shards the states of adam alone" in refused(on, "model.optim.name=rmsprop")
+    accepted(on, "model.optim.name=adam")
