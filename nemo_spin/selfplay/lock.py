@@ -59,10 +59,8 @@ class Owner:
 
     def alive(self) -> bool | None:
         """Whether the process is running; None where this machine cannot see it."""
-        if self.host == socket.gethostname() and self.boot and self.boot != _boot_id():
-            return False  # the machine was started anew
         if self.boot != _boot_id() or self.namespace != _pid_namespace():
-            return None
+            return None  # another machine (names are not unique), another uptime, another container
         return _start_ticks(self.pid) == self.started
 
 
@@ -141,6 +139,8 @@ def _link(mine: Path, path: Path, text: str) -> None:
     """Gives the file its name, unless it is taken."""
     try:
         os.link(mine, path)
+    except FileNotFoundError as error:  # the owner of the lock has tidied up: look again
+        raise FileExistsError from error
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise

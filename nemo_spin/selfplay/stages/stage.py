@@ -185,7 +185,9 @@ class Stage(abc.ABC):
             )
         except (StageError, GenerationError) as error:
             full = full_disk_error(self.context.run.path, str(error))
-            raise full or error from error
+            if full is not None:
+                raise full from error
+            raise
 
     def required(self, stage: Stage) -> Manifest:
         """The manifest of a stage that this one consumes.

@@ -25,6 +25,7 @@ WITHOUT_EFFECT = {
     "model.path",  # the hashes of its files count
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
+    "model.virtual_pipeline_model_parallel_size",
     "model.context_parallel_size",
     "model.expert_model_parallel_size",
     "model.sequence_parallel",

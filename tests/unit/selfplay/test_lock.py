@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_spin.errors import ConfigError
+from nemo_spin.errors import ConfigError, DataError
 from nemo_spin.selfplay import lock
 from nemo_spin.selfplay.lock import Owner, locked, read_owner
 
@@ -66,13 +67,9 @@ def test_another_process_with_the_number_of_the_dead_one(path: Path) -> None:
         assert read_owner(path) == Owner.of_this_process()
 
 
-def test_a_machine_that_was_started_anew(path: Path) -> None:
-    write(path, replace(Owner.of_this_process(), boot="another boot"))
-    with locked(path):
-        pass
-
-
-@pytest.mark.parametrize("change", [{"host": "elsewhere", "boot": "b"}, {"namespace": "pid:[1]"}])
+@pytest.mark.parametrize(
+    "change", [{"host": "elsewhere", "boot": "b"}, {"boot": "of another start"}, {"namespace": "pid:[1]"}]
+)
 def test_an_owner_that_cannot_be_seen_is_judged_by_its_heartbeat(
     path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str]
 ) -> None:
@@ -106,6 +103,22 @@ def test_the_heart_beats(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert path.stat().st_mtime_ns > 0
 
 
+def test_a_directory_that_is_gone(path: Path) -> None:
+    with pytest.raises(DataError, match="could not be written"), locked(path / "nowhere" / "run.lock"):
+        pass
+
+
+def test_a_file_system_without_hard_links(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(lock.os, "link", link)
+    with locked(path):
+        assert read_owner(path) == Owner.of_this_process()
+        with pytest.raises(ConfigError, match="is running"), locked(path):
+            pass
+
+
 def test_a_file_without_a_name_is_left_alone(path: Path) -> None:
     path.write_text("")
     with pytest.raises(ConfigError, match="left no name"), locked(path):
@@ -116,7 +129,7 @@ def test_a_file_without_a_name_is_left_alone(path: Path) -> None:
 _CONTENDER = """
 import sys, time
 from pathlib import Path
-from nemo_spin.errors import ConfigError
+from nemo_spin.errors import ConfigError, DataError
 from nemo_spin.selfplay.lock import locked
 while not Path(sys.argv[2]).exists():
     pass
