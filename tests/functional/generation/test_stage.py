@@ -157,9 +157,29 @@ def test_other_inputs_are_refused_with_the_difference(reference: Stage, tmp_path
     assert "passes.train.temperature: was 1.0, is 0.5" in str(caught.value)
 
 
+@pytest.fixture
+def without_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All programs but compilers, and nothing that was compiled before."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for directory in ("/usr/bin", "/bin"):
+        for path in Path(directory).iterdir():
+            is_compiler = any(name in path.name for name in ("gcc", "g++", "clang", "c++"))
+            if not is_compiler and path.name not in ("cc", "c89", "c99", "ld", "as"):
+                (programs / path.name).unlink(missing_ok=True)
+                (programs / path.name).symlink_to(path)
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm"))
+
+
+@pytest.mark.usefixtures("without_compiler")
 def test_the_screen_stays_clean_and_the_log_tells_all(
     tiny_model: Path, prepared_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """On a machine that has no compiler, as users' often have none."""
     stage = Stage(tiny_model, prepared_dir, tmp_path, config=configuration(temperature=0, num_generations=1))
     stage.run()
     captured = capfd.readouterr()
