@@ -9,6 +9,7 @@ something runs, how it is cut into batches or shards, logging, time-outs, names.
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from collections.abc import Mapping
@@ -127,6 +128,8 @@ def differences(
 ) -> list[Difference]:
     """Every input of `now` that is not as in `was`, configuration keys first.
 
+    A key that a newer version knows and that has its default is no difference.
+
     Args:
         stage: Whose inputs they are, for the message.
         was: The inputs then.
@@ -134,11 +137,24 @@ def differences(
         prefix: What the keys under `config` lack of their full names.
     """
     before, today = plain(was), plain(now)
+    keys = _compare(
+        stage, _leaves(before.pop("config", {}), prefix), _leaves(today.pop("config", {}), prefix)
+    )
     found = [
-        *_compare(stage, _leaves(before.pop("config", {}), prefix), _leaves(today.pop("config", {}), prefix)),
+        *(difference for difference in keys if not _is_new_default(difference)),
         *_compare(stage, _leaves(before), _leaves(today)),
     ]
     return [difference for difference in found if difference.was != difference.now]
+
+
+def _is_new_default(difference: Difference) -> bool:
+    """Whether the key is younger than the result, and its default stands for what was done then."""
+    return difference.was is ABSENT and _defaults().get(difference.key, ABSENT) == difference.now
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return _leaves(plain(asdict(Config())))
 
 
 def config_differences(was: Config, now: Config) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_spin.selfplay.inputs import Difference, differences, plain, refuse
 from nemo_spin.selfplay.stages import Stage
+from nemo_spin.selfplay.stages.generate import GenerateStage
 
 
 def refuse_other_inputs(stages: Sequence[Stage]) -> None:
@@ -26,18 +27,29 @@ def refuse_other_inputs(stages: Sequence[Stage]) -> None:
         DataError: The files of a finished stage are damaged.
     """
     found: list[Difference] = []
-    redo: list[Path] = []
+    redo: list[Stage] = []
     all_before_hold, redo_consumed = True, False
     for stage in stages:
         different = _differences(stage, keys_only=not all_before_hold)
         found += different
         if different or redo_consumed:
-            redo += [path for path in stage.leftovers() if path.exists()]
+            redo.append(stage)
         if stage.consumed:
             redo_consumed = redo_consumed or bool(different)
             all_before_hold = all_before_hold and not different and stage.manifest() is not None
     if found:
-        raise refuse(stages[0].context.run.path, found, redo)
+        raise refuse(stages[0].context.run.path, found, _leftovers(redo))
+
+
+def _leftovers(stages: Sequence[Stage]) -> list[Path]:
+    """What to remove so that `stages` are done again; an iteration as a whole where all of it goes."""
+    whole = {stage.files.path for stage in stages if stage.name == GenerateStage.name and stage.iteration}
+    paths: dict[Path, None] = {}
+    for stage in stages:
+        for path in [stage.files.path] if stage.files.path in whole else stage.leftovers():
+            if path.exists():
+                paths[path] = None
+    return list(paths)
 
 
 def _differences(stage: Stage, *, keys_only: bool) -> list[Difference]:

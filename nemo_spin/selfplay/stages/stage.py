@@ -132,8 +132,7 @@ class Stage(abc.ABC):
         remove_partials(self.directory.parent)
         if self.directory.exists() and not self.inputs_path.exists():
             shutil.rmtree(self.directory)
-        if not self.inputs_path.exists():
-            write_json(self.inputs_path, inputs)
+        write_json(self.inputs_path, inputs)
 
     def check(self) -> None:  # noqa: B027  (most stages have nothing to look for)
         """Looks for what can be known to be wrong long before the stage's turn.

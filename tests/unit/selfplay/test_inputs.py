@@ -115,6 +115,15 @@ class TestDifferences:
         found = differences("prepare", {"config": {"a": None}}, {"config": {"a": 1}}, prefix="data.")
         assert [difference.words for difference in found] == ["data.a: was null, is 1"]
 
+    def test_a_younger_key_at_its_default_is_no_difference(self) -> None:
+        was = {"config": {"spin.loss": "logistic"}}
+        now = {"config": {"spin.loss": "logistic", "spin.beta": 0.1}}
+        assert differences("train of iteration 0", was, now) == []
+        now["config"]["spin.beta"] = 0.2
+        assert [entry.words for entry in differences("train of iteration 0", was, now)] == [
+            "spin.beta: was not there, is 0.2"
+        ]
+
     def test_tuples_and_lists_are_the_same(self) -> None:
         assert differences("train", {"config": {"a": [1, 2]}}, {"config": {"a": (1, 2)}}) == []
 

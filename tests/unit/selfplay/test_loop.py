@@ -159,7 +159,7 @@ class TestChangedConfiguration:
         assert "spin.beta: was 0.1, is 1.0  (train of iteration 0)" in message
         assert "spin.beta: was 0.1, is 1.0  (train of iteration 1)" in message
         assert str(directory.iteration(0).train) in message
-        assert str(directory.iteration(1).scored) in message
+        assert message.endswith(f" {directory.iteration(1).path}")
         assert str(directory.iteration(0).scored) not in message
         assert results(directory.path) == before
         assert directory.config_path.read_text() == config_before
