@@ -41,7 +41,7 @@ def prepare_environment(settings: EngineSettings) -> None:
     }
     if _is_built_for_cpu():
         # Some of its functions are compiled by torch even in eager mode, which takes a C++
-        # compiler and, with one, more time than it saves.
+        # compiler: many machines have none, and all are to compute the same.
         defaults["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
