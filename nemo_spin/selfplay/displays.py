@@ -7,7 +7,7 @@ from typing import Any, Protocol, TextIO
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
 _PLAIN_INTERVAL_S = 5.0
@@ -103,36 +103,34 @@ class TerminalDisplay:
         self._console = console
         self._label = ""
         self._bars: Progress | None = None
-        self._tasks: dict[str, tuple[TaskID, Pace]] = {}
+        self._task = TaskID(0)
+        self._unit = ""
+        self._pace = Pace(0)
 
     def begin(self, label: str) -> None:
         """Draws an empty bar."""
-        self._label = label
-        self._tasks = {}
+        self._label, self._unit = label, ""
         self._bars = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=30),
             TextColumn("{task.fields[pace]}"),
-            TimeElapsedColumn(),
+            _Elapsed(time.monotonic()),
             console=self._console,
             transient=True,
         )
+        self._task = self._bars.add_task(escape(label), total=None, pace="")
         self._bars.start()
-        self._tasks[""] = (self._bars.add_task(escape(label), total=None, pace=""), Pace(0))
 
     def update(self, done: int, total: int, unit: str, **values: Any) -> None:
-        """Moves the bar of `unit`; a stage may count several things one after the other."""
+        """Moves the bar; a stage may count several things one after the other."""
         if self._bars is None:
             return
-        if unit not in self._tasks:
-            for task, _ in self._tasks.values():
-                self._bars.remove_task(task)
-            self._tasks = {unit: (self._bars.add_task(escape(self._label), total=total, pace=""), Pace(done))}
-        task, pace = self._tasks[unit]
-        pace.seen(done)
-        text = "  ".join(filter(None, (pace.describe(done, total, unit), _values(values))))
-        self._bars.update(task, completed=done, total=total, pace=escape(text))
+        if unit != self._unit:
+            self._unit, self._pace = unit, Pace(done)
+        self._pace.seen(done)
+        text = "  ".join(filter(None, (self._pace.describe(done, total, unit), _values(values))))
+        self._bars.update(self._task, completed=done, total=total, pace=escape(text))
 
     def note(self, text: str) -> None:
         """Prints above the bar."""
@@ -149,6 +147,18 @@ class TerminalDisplay:
     def show(self, content: RenderableType) -> None:
         """Prints a table."""
         self._console.print(content)
+
+
+class _Elapsed(ProgressColumn):
+    """How long the stage has been running."""
+
+    def __init__(self, began: float) -> None:
+        super().__init__()
+        self._began = began
+
+    def render(self, task: Task) -> Text:
+        """See rich."""
+        return Text(duration(time.monotonic() - self._began), style="progress.elapsed")
 
 
 class PlainDisplay:
