@@ -115,9 +115,12 @@ class Browser:
         self._send("DELETE", self._session)
 
     def open(self, path: Path) -> None:
-        """Opens a file, as a double click does, and waits until its samples are shown."""
+        """Opens a file, as a double click does, and waits until everything in it is drawn."""
         self._send("POST", f"{self._session}/url", {"url": path.absolute().as_uri()})
-        self.wait("return document.querySelectorAll('#sample-list .row, #sample-list .empty').length > 0")
+        self.wait(
+            "return document.querySelector('#sample-list .row, #sample-list .empty') !== null"
+            " && document.querySelectorAll('.plot:empty').length === 0"
+        )
 
     def run(self, script: str, *arguments: Any) -> Any:
         """The value of a JavaScript function's body."""
