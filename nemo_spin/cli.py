@@ -94,6 +94,24 @@ def report(options: argparse.Namespace) -> None:
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
+def plan(options: argparse.Namespace) -> None:
+    """What a model needs on a cluster: memory, the fastest layout that fits, times; starts nothing."""
+    from nemo_spin.selfplay.planning import command
+    from nemo_spin.selfplay.planning.request import Lengths
+
+    made = command.plan(
+        options.config,
+        options.overrides,
+        model=options.model,
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        gpu=options.gpu,
+        pairs=options.pairs,
+        lengths=Lengths(options.prompt_tokens, options.real_tokens, options.generated_tokens),
+    )
+    print(command.written(made, as_data=options.json))
+
+
 def validate_config(options: argparse.Namespace) -> None:
     """Prints the resolved configuration, or everything that is wrong with it."""
     from nemo_spin.config.load import to_yaml
@@ -156,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         default="run",
         help="the command to use it with",
     )
+    _add_plan(commands)
     shown = commands.add_parser("status", help="what is done in a run directory", description=status.__doc__)
     shown.add_argument("run_dir", metavar="RUN_DIR")
     shown.set_defaults(function=status)
@@ -171,6 +190,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     reported.set_defaults(function=report)
     return parser
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    planned = _add(commands, "plan", plan, "memory, layouts and times of a model on a cluster")
+    planned.add_argument("--model", metavar="PATH", help="directory, config.json or hub id (model.path)")
+    planned.add_argument("--nodes", type=_number, metavar="N", help="default: trainer.num_nodes")
+    planned.add_argument("--gpus-per-node", type=_number, metavar="G", help="default: trainer.devices")
+    planned.add_argument(
+        "--gpu", default="H100", metavar="KIND", help="such as H200, A100-80 or H100,memory_gib=94 (H100)"
+    )
+    planned.add_argument("--pairs", type=_number, default=50_000, metavar="N", help="an iteration's (50000)")
+    for what, limit in (
+        ("prompt", "a quarter of data.max_prompt_length"),
+        ("real", "a quarter of data.max_response_length"),
+        ("generated", "half of generation.max_tokens"),
+    ):
+        planned.add_argument(
+            f"--{what}-tokens", type=float, metavar="MEAN", help=f"on average; default: {limit}"
+        )
+    planned.add_argument("--json", action="store_true", help="bytes and seconds, for scripts")
 
 
 def _add(

@@ -34,6 +34,8 @@ RESERVED_GIB = 3.0  # CUDA context, NCCL's buffers, workspaces of libraries
 USABLE_SHARE = 0.95  # of the rest; the allocator loses some to fragments
 MATMUL_EFFICIENCY = 0.6  # of peak, elementwise kernels between included; [K] reports 0.54 to 0.57 overall
 ATTENTION_EFFICIENCY = 0.35  # of peak: fused attention over segments of some hundred tokens
+FLOAT32_SHARE = 1 / 15  # of the bf16 peak without TF32, PyTorch's default: 67 of 989, 19.5 of 312 TFLOP/s
+LAUNCH_S = 2e-4  # to start the kernels of a layer's forward pass, and of each repetition; shorter it never is
 LINK_EFFICIENCY = 0.8  # of the nominal rate of NVLink and of the network
 MEMORY_EFFICIENCY = 0.7  # of the nominal rate of the GPU's memory
 SAMPLER_MEMORY_SHARE = 0.9  # vLLM's gpu_memory_utilization
@@ -416,7 +418,7 @@ def step_time(
     m = scheduled_microbatches(layout, work)
     # of a microbatch, on the rank that has most; ranks without a unit wait for it
     units = math.ceil(work.global_batch_size / layout.data) / work.microbatches(layout.data)
-    compute = _microbatch_compute(shape, layout, work, cluster, units=units, training=training)
+    compute = _microbatch_compute(shape, layout, work, numerics, cluster, units=units, training=training)
     tokens = units * work.unit_tokens / layout.context
     passes = (3 if layout.recompute == "full" else 2) if training else 1
     link, network = _rates(cluster)
@@ -456,6 +458,7 @@ def _microbatch_compute(
     shape: ModelShape,
     layout: ParallelLayout,
     work: Work,
+    numerics: Numerics,
     cluster: Cluster,
     *,
     units: float,
@@ -467,11 +470,18 @@ def _microbatch_compute(
     if training:
         full, selective = layout.recompute == "full", layout.recompute == "selective"
         layers, attention, head = 3.0 + full, 3.0 + (full or selective), 4.0  # logits are formed twice
-    peak = cluster.device.tflops * 1e12 * layout.tensor * layout.context
+    rate = peak(cluster.device, numerics) * layout.tensor * layout.context
     stage = (
         layers * forward.layers / MATMUL_EFFICIENCY + attention * forward.attention / ATTENTION_EFFICIENCY
     ) / layout.pipeline
-    return units * (stage + head * forward.head / MATMUL_EFFICIENCY) / peak
+    launches = LAUNCH_S * layers * shape.num_layers / layout.pipeline
+    return max(units * (stage + head * forward.head / MATMUL_EFFICIENCY) / rate, launches)
+
+
+def peak(device: Device, numerics: Numerics) -> float:
+    """Floating-point operations per second of a GPU at this precision."""
+    share = 1.0 if numerics.bytes_per_number == 2 else FLOAT32_SHARE
+    return device.tflops * 1e12 * share
 
 
 def _expert_seconds(
@@ -582,7 +592,7 @@ def generation_seconds(
     mine = math.ceil(answers / replicas)
     at_once = max(1, min(memory.answers(sampler), mine))
     a = numerics.bytes_per_number
-    flops = cluster.device.tflops * 1e12 * sampler.tensor * MATMUL_EFFICIENCY
+    flops = peak(cluster.device, numerics) * sampler.tensor * MATMUL_EFFICIENCY
     rate = cluster.device.memory_gb_s * 1e9 * MEMORY_EFFICIENCY
     per_token = 2 * (layer_matmul_parameters(shape) + shape.hidden_size * shape.vocab_size)
     read = (parameter_count(shape) - _experts_not_hit(shape, at_once)) * a / sampler.tensor
@@ -625,6 +635,6 @@ def checkpoint_seconds(
     kept = numerics.bytes_per_number + _MAIN * _OPTIMIZER_NUMBERS[numerics.optimizer]
     if numerics.bytes_per_number < _MAIN:
         kept += _MAIN
-    replica = math.ceil(layout.tensor * layout.pipeline / cluster.gpus_per_node)
+    replica = math.ceil(layout.tensor * layout.pipeline * layout.expert / cluster.gpus_per_node)
     writers = cluster.nodes if layout.distributed_optimizer else min(cluster.nodes, replica)
     return parameter_count(shape) * kept / writers / STORAGE_WRITE
