@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.data.files import Manifest
+from nemo_spin.config.functions import function_file, names_a_function
+from nemo_spin.data.files import Manifest, sha256_file
 from nemo_spin.data.progress import Progress
 from nemo_spin.selfplay.stages.opponent import link_opponent, opponent_sha256
 from nemo_spin.selfplay.stages.prepare import PrepareStage
@@ -13,6 +14,13 @@ from nemo_spin.selfplay.stages.score import ScoreStage
 from nemo_spin.selfplay.stages.stage import Stage
 
 _SHOWN = ("steps", "loss", "margin", "accuracy", "heldout_loss", "heldout_margin", "heldout_accuracy")
+
+
+def _own_loss(loss: str) -> dict[str, str]:
+    """The hash of the file that `spin.loss` names; nothing for the losses that have a name."""
+    if not names_a_function(loss):
+        return {}
+    return {"loss": sha256_file(function_file(loss, key="spin.loss"))}
 
 
 class TrainStage(Stage):
@@ -26,11 +34,16 @@ class TrainStage(Stage):
         return self.files.train
 
     def consumes(self) -> dict[str, Any]:
-        """The starting weights and the scored pairs."""
+        """The starting weights, the scored pairs and the source of a user's own loss."""
         return {
             "opponent": opponent_sha256(self.context, self.iteration),
             "scored": self.required(ScoreStage(self.context, self.iteration)).sha256(),
+            **_own_loss(self.context.config.spin.loss),
         }
+
+    def check(self) -> None:
+        """A user's own loss must be there."""
+        _own_loss(self.context.config.spin.loss)
 
     def leftovers(self) -> list[Path]:
         """See `Stage`."""
@@ -55,6 +68,9 @@ class SftStage(TrainStage):
     """Plain fine-tuning of theta_0 on the real responses."""
 
     name = "sft"
+
+    def check(self) -> None:
+        """See `Stage`; fine-tuning has no loss to choose."""
 
     def consumes(self) -> dict[str, Any]:
         """The starting weights and the demonstrations."""
