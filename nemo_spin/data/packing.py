@@ -115,7 +115,7 @@ class Layout:
         if self.packing == "none":
             return _in_order(indices, size=self.micro_batch_size, dp_rank=dp_rank, dp_size=dp_size)
         tokens = self.unit_tokens(units, indices)
-        bins = pack(tokens, self.micro_batch_tokens)
+        bins = pack_for_ranks(tokens, self.micro_batch_tokens, dp_size)
         mine = spread([int(tokens[chosen].sum()) for chosen in bins], dp_size)[dp_rank]
         return [[int(indices[i]) for i in bins[b]] for b in mine] or [[-1]]
 
@@ -153,6 +153,19 @@ def pack(sizes: np.ndarray, capacity: int) -> list[list[int]]:
         if free > 0:
             room.append((free, best[1]))
     return bins
+
+
+def pack_for_ranks(sizes: np.ndarray, capacity: int, num_ranks: int) -> list[list[int]]:
+    """Bins like those of `pack`, as many for each rank and of equal size where that is possible.
+
+    A batch that would fit into fewer bins than there are ranks is cut finer, so that no
+    rank waits for another.
+    """
+    tight = pack(sizes, capacity)
+    num_bins = -(-len(tight) // num_ranks) * num_ranks
+    even = [chosen for chosen in spread(sizes.tolist(), num_bins) if chosen]
+    fits = all(sizes[chosen].sum() <= capacity or len(chosen) == 1 for chosen in even)
+    return even if fits else tight
 
 
 def spread(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_spin.data.datasets import REAL_ONLY, Units
-from nemo_spin.data.packing import PACKINGS, Layout, Microbatch, pack, spread
+from nemo_spin.data.packing import PACKINGS, Layout, Microbatch, pack, pack_for_ranks, spread
 
 IDS = pa.list_(pa.int32())
 
@@ -200,6 +200,28 @@ def test_bins_hold_everything_once_and_are_at_least_half_full_on_average(
     # no two bins could be one
     smallest = sorted(loads)[:2]
     assert len(smallest) < 2 or sum(smallest) > capacity
+
+
+def test_a_batch_that_fits_one_row_is_shared_by_all_ranks() -> None:
+    units, how = random_units([(4, 3, [3])] * 8), layout("shared_prompt", tokens=1000)
+    for rank in range(4):
+        (microbatch,) = how.microbatches(units, np.arange(8), dp_rank=rank, dp_size=4)
+        assert len(microbatch) == 2
+
+
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    capacity=st.integers(1, 60),
+    num_ranks=st.integers(1, 4),
+)
+def test_bins_for_ranks_hold_everything_once_within_the_capacity(
+    sizes: list[int], capacity: int, num_ranks: int
+) -> None:
+    array = np.array(sizes)
+    bins = pack_for_ranks(array, capacity, num_ranks)
+    assert sorted(item for chosen in bins for item in chosen) == list(range(len(sizes)))
+    assert all(array[chosen].sum() <= capacity or len(chosen) == 1 for chosen in bins)
+    assert len(bins) <= -(-len(pack(array, capacity)) // num_ranks) * num_ranks
 
 
 @given(sizes=st.lists(st.integers(1, 50), max_size=40), num_ranks=st.integers(1, 6))
