@@ -30,9 +30,9 @@ def _free_port() -> int:
 
 def _rank_main(tasks: Any, results: Any) -> None:
     """One process: waits for tasks until it is told to end."""
-    descriptor, _ = tempfile.mkstemp(prefix="nemo_spin-test-rank-", suffix=".log")
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    with tempfile.TemporaryFile() as log:  # warnings of a dozen libraries; nobody reads them
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     import torch
 
     torch.set_num_threads(1)
