@@ -130,7 +130,7 @@ def make_plan(model: PlannedModel, request: Request, *, double: bool = True) -> 
         times=stage_times(shape, chosen, request, sampling[0]),
         doubled=_doubled(model, request) if double else None,
         faster=faster,
-        replicas=spread[0] if spread and spread[0].replicas > 1 else None,
+        replicas=spread[0] if spread and spread[0].replicas > sampling[0].replicas else None,
         notes=(),
     )
     return replace(plan, notes=tuple(_notes(plan)))
@@ -235,6 +235,8 @@ def _notes(plan: Plan) -> list[str]:
         )
     if request.cluster.nodes > 1 and plan.model.architecture and request.config.launcher.name == "local":
         found.append("launcher.name=local starts ranks on one node only: set the launcher of your cluster")
+    if plan.sampling.replicas > 1 and plan.model.architecture and several_replicas_are_refused(request):
+        found.append(f"generation.replicas={plan.sampling.replicas} is not supported yet: a run refuses it")
     if plan.replicas is not None:
         found.append(
             f"a run starts one sampler yet; {plan.replicas.replicas} replicas of "

@@ -129,6 +129,12 @@ def test_the_sampler_must_fit_too(tmp_path: Path) -> None:
     assert any("replicas of TP" in note for note in plan.notes)
 
 
+def test_replicas_that_were_asked_for(tmp_path: Path) -> None:
+    _, plan = planned(tmp_path, models.LLAMA_3_8B, "generation.replicas=4")
+    assert (plan.sampling.sampler.tensor, plan.sampling.replicas) == (2, 4)
+    assert "generation.replicas=4 is not supported yet: a run refuses it" in plan.notes
+
+
 def test_twice_the_nodes(tmp_path: Path) -> None:
     _, plan = planned(tmp_path, models.LLAMA_3_8B, ADAM, "model.global_batch_size=512")
     assert plan.doubled is not None and plan.doubled.doubled is None
