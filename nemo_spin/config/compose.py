@@ -29,6 +29,7 @@ from nemo_spin.config.schema import Config
 from nemo_spin.config.typed import Unresolved
 
 BASE = "spin"  # the configuration that is used where none is named
+RECIPES = "recipe"  # directory of whole configurations for one model, named `recipe/NAME`
 _OVERRIDE = re.compile(r"(?P<key>[A-Za-z_][\w.]*)=(?P<text>[^\[{'\"].*)", re.DOTALL)
 _OVERRIDES_RULE = "overrides are spelt key=value, lists key=[a,b]"
 
@@ -60,14 +61,15 @@ def conf_dir() -> Path:
 
 def names() -> list[str]:
     """The configurations that `--config` knows by name."""
-    return sorted(path.stem for path in conf_dir().glob("*.yaml"))
+    found = [*conf_dir().glob("*.yaml"), *(conf_dir() / RECIPES).glob("*.yaml")]
+    return sorted(path.relative_to(conf_dir()).with_suffix("").as_posix() for path in found)
 
 
 def compose_source(source: str | None, overrides: Sequence[str]) -> Composed:
     """Composes a named configuration or a YAML file with `overrides`.
 
     Args:
-        source: Name of a file in `conf/`, path of a YAML file, or None for the base.
+        source: Name of a file in `conf/` (`spin`, `recipe/NAME`), path of a YAML file, or None for the base.
         overrides: `key=value`, `+key=value`, `~key` and `group=option`.
 
     Raises:
@@ -90,7 +92,7 @@ def compose_source(source: str | None, overrides: Sequence[str]) -> Composed:
 def _find(source: str) -> Path:
     """The YAML file that `--config` means."""
     named = conf_dir() / f"{source}.yaml"
-    if re.fullmatch(r"[\w-]+", source) and named.is_file():
+    if source in names():
         return named
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".yaml":
@@ -168,6 +170,10 @@ def _is_choice(override: Override, directories: Sequence[Path]) -> bool:
 def _check_group(override: Override, directories: Sequence[Path]) -> list[Mistake]:
     """A choice must name a group, and a file in it."""
     group, chosen = override.key_or_group, override.value()
+    if group == RECIPES:
+        return [
+            _bad_override(str(override.input_line), "a recipe is no group", f"use --config {RECIPES}/NAME")
+        ]
     options = _options(group, directories)
     if not options:
         groups = sorted(
