@@ -169,6 +169,7 @@ def test_a_recipe_fits_the_gpus_it_was_planned_for(recipe: str, tmp_path: Path) 
         config.generation.tensor_parallel_size,
     )
     assert made.sampling.answers >= 1
+    assert not [note for note in made.notes if "saving checkpoints" in note]
 
 
 @pytest.mark.parametrize("recipe", MODELS)
