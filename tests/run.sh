@@ -4,6 +4,7 @@
 #
 #   bash tests/run.sh                     all of it
 #   bash tests/run.sh tests/unit -k loss  the same checks, then pytest with these arguments
+#   bash tests/run.sh -m slow            the same checks, then sweeps that take minutes each
 #   PYTHON=python3.12 bash ...            another interpreter for the installation
 set -uo pipefail
 

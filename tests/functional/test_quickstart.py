@@ -66,7 +66,6 @@ def test_the_scorer_forgives_white_space_only() -> None:
     assert score("p", "a b", "b a") == 0.0
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     Path(sys.prefix).resolve() != (REPOSITORY / ".venv").resolve(),
     reason="the quickstart installs .venv, and this is another environment: use bash tests/run.sh",
