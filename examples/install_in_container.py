@@ -35,6 +35,10 @@ KEPT = {
     "triton": "triton",
     "flash-attn": "flash_attn",
 }
+# NeMo asks for a Lightning that forbids today's versions of packaging and fsspec. Of what these
+# ask for, only what is missing is installed; what is there in a version they did not foresee is named.
+# In this order: who asks before who is asked for.
+LOOSE = ("nemo-toolkit", "nv-one-logger-pytorch-lightning-integration", "lightning")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.!+_-]*")
 
@@ -100,6 +104,61 @@ def requirements(present: dict[str, dict[str, str]]) -> list[str]:
     return [requirement for requirement in wanted if normalized(requirement) not in bare]
 
 
+def loosened(
+    name: str, extras: set[str], versions: dict[str, str], may_change: set[str]
+) -> tuple[list[str], list[str]]:
+    """What an installed package of `LOOSE` asks for: what to install, and notes on what it did not foresee.
+
+    Args:
+        name: The package, installed without its dependencies.
+        extras: Its extras that are wanted.
+        versions: Of all distributions of the container.
+        may_change: Names whose requirement is installed as it stands.
+    """
+    from pip._vendor.packaging.requirements import Requirement  # pip is here; packaging may not be
+
+    importlib.invalidate_caches()
+    missing, notes = [], []
+    for line in importlib.metadata.requires(name) or ():
+        requirement = Requirement(line)
+        marker, requirement.marker = requirement.marker, None
+        if marker and not any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+            continue
+        found = versions.get(normalized(requirement.name))
+        if found is None or normalized(requirement.name) in may_change | KEPT.keys():
+            missing.append(str(requirement))
+        elif not requirement.specifier.contains(found, prereleases=True):
+            notes.append(f"{name} asks for {requirement}, {found} stays")
+    return missing, notes
+
+
+def add_packages(path: Path, before: dict[str, dict[str, str]], may_change: set[str]) -> None:
+    """Installs all that is missing under the constraints in `path`, then the project.
+
+    Raises:
+        subprocess.CalledProcessError: pip failed; it has said why.
+    """
+    wanted = requirements(before)
+    notes: list[str] = []
+    for name in LOOSE:
+        own = [requirement for requirement in wanted if normalized(requirement) == name]
+        if not own:
+            continue
+        pip("install", "--no-deps", "--constraint", str(path), *own)
+        extras = {
+            extra for line in own for listed in re.findall(r"\[(.*?)\]", line) for extra in listed.split(",")
+        }
+        asked, unforeseen = loosened(name, extras, before["versions"], may_change)
+        wanted = [requirement for requirement in wanted if requirement not in own] + asked
+        notes += unforeseen
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{name}=={importlib.metadata.version(name)}\n")
+    pip("install", "--constraint", str(path), *wanted)
+    pip("install", "--no-deps", "--no-build-isolation", "--constraint", str(path), str(ROOT))
+    for note in notes:
+        print(f"note: {note}")
+
+
 def changes(
     before: dict[str, dict[str, str]], after: dict[str, dict[str, str]], may_change: set[str]
 ) -> list[str]:
@@ -140,8 +199,7 @@ def install(path: Path, may_change: set[str]) -> None:
     lines = constraints(before["versions"], may_change, os.environ.get("PIP_CONSTRAINT", ""))
     path.write_text("\n".join([*lines, ""]), encoding="utf-8")
     try:
-        pip("install", "--constraint", str(path), *requirements(before))
-        pip("install", "--no-deps", "--no-build-isolation", "--constraint", str(path), str(ROOT))
+        add_packages(path, before, may_change)
     except subprocess.CalledProcessError:
         fail(
             "pip could not add what nemo_spin needs to the packages that are there",

@@ -21,6 +21,8 @@ ELSEWHERE = {
     "bash examples/quickstart.sh": "test_quickstart.py",
     "bash tests/run.sh": "it runs this test",
     "source .venv/bin/activate": "the tests run in that environment",
+    "docker build --target cpu --build-arg PIP_EXTRA_INDEX_URL --tag nemo-spin:cpu .": "test_dockerfile.py",
+    "docker build --tag nemo-spin .": "no engine runs here: test_dockerfile.py reads the instructions",
 }
 CONFIGURATION = "my.yaml"
 # The README's model is larger than a test's: what makes it quick, and where vLLM is found.
