@@ -22,8 +22,9 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends libnuma1 \
     && rm -rf /var/lib/apt/lists/*
 
+# Another user of the base may have that number: it is the number that counts.
 ARG USER_ID=10001
-RUN useradd --no-log-init --create-home --uid "${USER_ID}" spin \
+RUN useradd --no-log-init --create-home --non-unique --uid "${USER_ID}" spin \
     && install --directory --owner=spin --group=spin /opt/nemo_spin /opt/nemo_spin/runs
 WORKDIR /opt/nemo_spin
 COPY --chown=spin:spin pyproject.toml README.md LICENSE ./
@@ -68,8 +69,9 @@ RUN chmod -R a+rX . \
     && PIP_BREAK_SYSTEM_PACKAGES=1 python examples/install_in_container.py \
         --constraints /opt/nemo_spin/constraints.txt --may-change ${MAY_CHANGE}
 
+# Another user of the base may have that number: it is the number that counts.
 ARG USER_ID=10001
-RUN useradd --no-log-init --create-home --uid "${USER_ID}" spin \
+RUN useradd --no-log-init --create-home --non-unique --uid "${USER_ID}" spin \
     && install --directory --owner=spin --group=spin /workspace/runs
 WORKDIR /workspace/runs
 USER ${USER_ID}

@@ -140,7 +140,7 @@ class TestBothStages:
         number = defaults[user.strip("${}")]
         assert int(number) >= 1000, "a number, so that a cluster can see that it is not root's"
         made = [command for command in commands(stage) if command[0] == "useradd"]
-        assert len(made) == 1 and "--create-home" in made[0]
+        assert len(made) == 1 and {"--create-home", "--non-unique"} <= set(made[0])
         keywords = [keyword for keyword, _ in stage.steps]
         assert keywords.index("RUN") < keywords.index("USER")
 
