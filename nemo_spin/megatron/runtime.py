@@ -114,7 +114,7 @@ def initialize(
 def _init_process_group(*, has_gpu: bool, rank: int, world_size: int, timeout_s: float) -> None:
     timeout = datetime.timedelta(seconds=timeout_s)
     if world_size == 1 and "MASTER_PORT" not in os.environ:
-        store: Any = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        store: Any = torch.distributed.HashStore()
         distributed.init_process_group(
             "nccl" if has_gpu else "gloo", store=store, rank=0, world_size=1, timeout=timeout
         )
