@@ -114,7 +114,8 @@ def initialize(
 def _init_process_group(*, has_gpu: bool, rank: int, world_size: int, timeout_s: float) -> None:
     timeout = datetime.timedelta(seconds=timeout_s)
     if world_size == 1 and "MASTER_PORT" not in os.environ:
-        store: Any = torch.distributed.HashStore()
+        untyped: Any = distributed  # its stores have types in some builds of torch only
+        store = untyped.HashStore()
         distributed.init_process_group(
             "nccl" if has_gpu else "gloo", store=store, rank=0, world_size=1, timeout=timeout
         )
