@@ -183,6 +183,7 @@ class Session:
         done = stage.manifest()
         if done is not None:
             stage.publish(done)
+            self.state.found_done(stage.name, stage.iteration)
             return False
         inputs = stage.inputs()
         self.state.started(stage.name, stage.iteration)

@@ -133,6 +133,13 @@ class StateFile:
             return
         self._write()
 
+    def found_done(self, stage: str, iteration: int | None) -> None:
+        """A stage's work is complete, though its process was killed before it could say so."""
+        entry = self.state.stages.get(stage_key(stage, iteration))
+        if entry is not None and entry.status != DONE:
+            entry.status = DONE
+            self._write()
+
     def finished(self) -> None:
         """Every stage of the run is done."""
         self.state.status = DONE

@@ -93,3 +93,14 @@ def test_a_full_disk_does_not_hide_what_failed(path: Path, monkeypatch: pytest.M
     file.alive()
     with pytest.raises(DataError):
         file.started("train", 0)
+
+
+def test_work_that_is_found_complete_counts_as_done(path: Path) -> None:
+    StateFile(path).started("export", 0)  # killed between its manifest and its last word
+    again = StateFile(path)
+    assert again.state.stages["iter_00/export"].status == "interrupted"
+    again.found_done("export", 0)
+    again.found_done("score", 0)  # never started here: nothing to say
+    state = read_state(path)
+    assert state is not None and state.stages["iter_00/export"].status == "done"
+    assert "iter_00/score" not in state.stages
