@@ -102,7 +102,13 @@ check_torch() {
     fi
 }
 
+if [[ $# -gt 0 ]]; then
+    fail "$0 $*" "rule:   takes no arguments" "remedy: bash $0"
+fi
 python=$(find_python)
+"$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+    fail "there is no libnuma.so.1, to which vLLM's CPU kernels are linked" \
+        "remedy: apt-get install libnuma1 (or your system's package of it), then start the same command again"
 if command -v flock >/dev/null; then # two commands at once: the second waits, then finds all done
     exec 9<"$root"
     flock 9
