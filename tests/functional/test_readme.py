@@ -39,7 +39,9 @@ QUICK = [
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    """What stands between fences of this language; of none: ""."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return [text for name, text in fenced if name == language]
 
 
 def commands() -> Iterator[str]:
@@ -91,7 +93,7 @@ def test_the_commands_do_what_the_readme_says(project: Path, monkeypatch: pytest
 
 def places_of_results() -> list[str]:
     """The files that the README says lie in a run directory."""
-    (tree,) = (block for block in re.findall(r"^```\n(.*?)^```$", README, re.M | re.S) if "iter_00/" in block)
+    (tree,) = (block for block in blocks("") if "iter_00/" in block)
     places, prefix = [], ""
     for line in tree.splitlines()[1:]:
         names = [name for name in line.strip().split("   ")[0].split("  ") if name]
