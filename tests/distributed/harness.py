@@ -19,6 +19,8 @@ from collections.abc import Callable
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from nemo_spin.launch.rank import die_with_launcher
+
 _TIMEOUT_S = 300.0
 
 
@@ -33,6 +35,7 @@ def _rank_main(tasks: Any, results: Any) -> None:
     with tempfile.TemporaryFile() as log:  # warnings of a dozen libraries; nobody reads them
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    die_with_launcher()  # a killed test run leaves nothing behind
     import torch
 
     torch.set_num_threads(1)
