@@ -133,19 +133,12 @@ def _distributed_optimizer_shards_adam(config: Config) -> list[Mistake]:
 
 
 def _not_supported_yet(config: Config) -> list[Mistake]:
-    others = "use tensor and pipeline parallelism instead"
     reasons = (
-        (
-            "model.context_parallel_size",
-            config.model.context_parallel_size,
-            "the attention over packed pairs is not split over ranks yet",
-            others,
-        ),
         (
             "model.expert_model_parallel_size",
             config.model.expert_model_parallel_size,
             "the supported model families have no experts yet",
-            others,
+            "use tensor and pipeline parallelism instead",
         ),
         (
             "generation.replicas",
@@ -327,10 +320,7 @@ RELATIONS: tuple[Relation, ...] = (
         _interleaving_needs_a_longer_pipeline,
     ),
     Relation(("model.sequence_parallel", _SIZES[0]), _sequence_parallel_needs_tensor_parallel),
-    Relation(
-        ("model.context_parallel_size", "model.expert_model_parallel_size", "generation.replicas"),
-        _not_supported_yet,
-    ),
+    Relation(("model.expert_model_parallel_size", "generation.replicas"), _not_supported_yet),
     Relation(("model.use_distributed_optimizer", "model.optim.name"), _distributed_optimizer_shards_adam),
     Relation(("launcher.name", "trainer.num_nodes"), _local_launcher_has_one_node),
     Relation(("model.transformer_impl", "trainer.accelerator"), _transformer_engine_needs_a_gpu),

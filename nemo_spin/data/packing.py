@@ -7,13 +7,13 @@ it. The loss, its gradient and every log-probability are the same; the number of
 that are computed is not.
 
 A packed row is described by *segments*: runs of queries that attend to an earlier run of
-keys (their prompt, or nothing) and causally to themselves.
+keys (their prompt, or nothing) and causally to the run they belong to.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -34,12 +34,14 @@ class Microbatch:
     Attributes:
         input_ids: [B, S] int64; prompts, responses and, at the end, padding.
         position_ids: [B, S] int64; responses continue from their prompt.
-        segments: [segments, 4] int32 on the CPU: first query, number of queries, first key
-            of the prefix they all see, its length; in positions of the packed row. None
-            where each row is one causal sequence.
+        segments: [segments, 6] int32 on the CPU: first query and number of queries; first key
+            and length of the prefix they all see; first key and length of the run they end and
+            see causally (of a whole row: themselves). In positions of the row. None where each
+            row is one causal sequence.
         target_ids: [tokens] int64, the tokens of all responses, one after the other.
         target_positions: [tokens] int64; b * S + s of the position that predicts each.
         target_responses: [tokens] int64; the response each token belongs to.
+        response_tokens: [Q] int64; tokens of each response.
         opponent_logps: [Q] float64; the opponent's sums, 0 where unknown.
         pair_real, pair_generated: [P] int64; the two responses of each pair.
         pair_units: [P] int64; the unit of each pair.
@@ -54,6 +56,7 @@ class Microbatch:
     target_ids: Tensor
     target_positions: Tensor
     target_responses: Tensor
+    response_tokens: Tensor
     opponent_logps: Tensor
     pair_real: Tensor
     pair_generated: Tensor
@@ -89,8 +92,7 @@ class Layout:
         packing: One of `PACKINGS`.
         micro_batch_tokens: Most token positions of a packed row; a longer unit gets one of its own.
         micro_batch_size: Units per microbatch without packing.
-        pad_to_multiple: Row lengths become multiples of it (sequence parallelism needs
-            the tensor-parallel size).
+        pad_to_multiple: Row lengths become multiples of it (`row_multiple`).
     """
 
     packing: str
@@ -122,13 +124,6 @@ class Layout:
     def collate(self, units: Units, chosen: Sequence[int]) -> Microbatch:
         """Builds the microbatch of the units `chosen` (-1: a ghost)."""
         return _Builder(units, self).build(chosen)
-
-    def collated(
-        self, units: Units, microbatches: Sequence[Sequence[int]], device: torch.device
-    ) -> Iterator[Microbatch]:
-        """Collates microbatches one by one, as a schedule asks for them."""
-        for chosen in microbatches:
-            yield self.collate(units, chosen).to(device)
 
 
 def pack(sizes: np.ndarray, capacity: int) -> list[list[int]]:
@@ -196,7 +191,7 @@ class _Builder:
         self._layout = layout
         self._tokens: list[np.ndarray] = []  # packed: runs of the row; otherwise: whole sequences
         self._positions: list[np.ndarray] = []
-        self._segments: list[tuple[int, int, int, int]] = []
+        self._segments: list[tuple[int, ...]] = []
         self._end = 0
         self._targets: list[np.ndarray] = []
         self._predictors: list[tuple[int, int, int]] = []  # (position before, first position, count)
@@ -226,6 +221,7 @@ class _Builder:
             target_responses=torch.from_numpy(
                 np.repeat(np.arange(len(self._targets)), [len(ids) for ids in self._targets])
             ),
+            response_tokens=torch.tensor([len(ids) for ids in self._targets], dtype=torch.int64),
             opponent_logps=torch.tensor(opponent, dtype=torch.float64),
             pair_real=real_of,
             pair_generated=generated_of,
@@ -252,7 +248,7 @@ class _Builder:
         start, self._end = self._end, self._end + len(ids)
         self._tokens.append(ids)
         self._positions.append(np.arange(first_position, first_position + len(ids)))
-        self._segments.append((start, len(ids), *prefix))
+        self._segments.append((start, len(ids), *prefix, start, len(ids)))
         return start
 
     def _lay_out(self) -> tuple[Tensor, Tensor, Tensor | None]:

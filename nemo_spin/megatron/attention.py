@@ -1,7 +1,7 @@
 """Core attention over packed rows, on PyTorch's fused kernel.
 
-Legend: T positions of a packed row, S positions of a padded sequence, B sequences,
-N heads of this rank, G query groups of this rank, D head size.
+Legend: T positions of a packed row, S positions of a padded sequence, B sequences, CP
+context-parallel size, N heads of this rank, G query groups of this rank, D head size.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import math
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional
+
+from nemo_spin.data.context import chunks_by_rank
 
 
 class SegmentAttention(MegatronModule):
@@ -20,13 +23,17 @@ class SegmentAttention(MegatronModule):
 
     Megatron hands the mask of a forward pass through to this module. For a packed row the
     mask is its segments (`data.packing.Microbatch.segments`): a run of queries sees a run
-    of earlier keys, its prompt, and itself causally, which is a causal mask aligned at
-    the bottom right. Without segments, sequences start at position 0 and are padded at
+    of earlier keys, its prompt, and its own run causally, which is a causal mask aligned
+    at the bottom right. Without segments, sequences start at position 0 and are padded at
     the end, so that a causal mask alone keeps every real token from seeing padding.
+
+    Under context parallelism a rank's queries are those of its chunks of the row
+    (`data.context`), its segments say so, and keys and values of all ranks are gathered.
 
     Args:
         config: Megatron's TransformerConfig.
         softmax_scale: Multiplies the scores; 1/sqrt(D) where None.
+        pg_collection: Megatron's process groups; their `cp` is used.
     """
 
     def __init__(
@@ -36,10 +43,12 @@ class SegmentAttention(MegatronModule):
         attn_mask_type: Any,
         attention_type: str,
         softmax_scale: float | None = None,
+        pg_collection: Any = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
+        self.cp_group: Any = pg_collection.cp if config.context_parallel_size > 1 else None
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -50,41 +59,63 @@ class SegmentAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """Attends.
+        """Attends. Under context parallelism all ranks of the group must call.
 
         Args:
-            query: [S, B, N, D], or [T, 1, N, D] of a packed row.
+            query: [S/CP, B, N, D], or [T/CP, 1, N, D] of a packed row.
             key, value: The same with G for N.
-            attention_mask: [segments, 4] int32 on the CPU, or None for padded sequences.
+            attention_mask: [segments, 6] int32 on the CPU, or None for whole padded sequences.
 
         Returns:
-            [S, B, N * D], dtype of `query`.
+            [S/CP, B, N * D], dtype of `query`.
         """
+        if self.cp_group is not None:
+            key, value = self._of_all_ranks(key, value)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if attention_mask is None:
-            context = self._attend(query, key, value, is_causal=True)
+            context = self._attend(query, key, value)
         else:
             context = torch.cat(
                 [self._segment(query, key, value, segment) for segment in attention_mask.tolist()], dim=2
             )
         return context.permute(2, 0, 1, 3).flatten(2).contiguous()
 
+    def _of_all_ranks(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole rows, in the order of the row; their gradients are summed over ranks."""
+        shares = gather_from_sequence_parallel_region(
+            torch.cat([key, value], dim=-1), tensor_parallel_output_grad=True, group=self.cp_group
+        )
+        owners = [chunk for chunks in chunks_by_rank(self.cp_group.size()) for chunk in chunks]
+        parts = shares.chunk(len(owners))
+        rows = torch.cat([parts[owners.index(chunk)] for chunk in range(len(owners))])
+        keys, values = rows.split([key.shape[-1], value.shape[-1]], dim=-1)
+        return keys, values
+
     def _segment(self, query: Tensor, key: Tensor, value: Tensor, segment: list[int]) -> Tensor:
-        """One run of queries of [1, N, T, D]; segments follow each other without a gap."""
-        first, count, prefix, prefix_count = segment
+        """One run of queries of [B, N, T, D]; segments follow each other without a gap."""
+        first, count, prefix, prefix_count, run, run_count = segment
         query = query.narrow(2, first, count)
-        own_key, own_value = key.narrow(2, first, count), value.narrow(2, first, count)
+        own_key, own_value = key.narrow(2, run, run_count), value.narrow(2, run, run_count)
         if not prefix_count:
-            return self._attend(query, own_key, own_value, is_causal=True)
-        seen = torch.ones(count, prefix_count + count, dtype=torch.bool, device=query.device)
+            return self._attend(query, own_key, own_value)
         return self._attend(
             query,
             torch.cat([key.narrow(2, prefix, prefix_count), own_key], dim=2),
             torch.cat([value.narrow(2, prefix, prefix_count), own_value], dim=2),
-            attn_mask=seen.tril_(prefix_count),
         )
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attends with a causal mask aligned at the bottom right: the last query sees every key."""
+        count, keys = query.shape[2], key.shape[2]
+        mask = None
+        if count != keys:
+            mask = torch.ones(count, keys, dtype=torch.bool, device=query.device).tril_(keys - count)
         return functional.scaled_dot_product_attention(
-            query, key, value, scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1], **mask
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )

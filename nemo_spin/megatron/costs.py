@@ -430,7 +430,9 @@ def step_time(
     if layout.context > 1:
         near = layout.tensor * layout.context <= cluster.gpus_per_node
         keys = tokens * 2 * shape.key_size / layout.tensor * numerics.bytes_per_number
-        context = layers * (passes + training) * keys * (layout.context - 1) / (link if near else network)
+        # gathered forward and where attention is computed again; gradients reduced and scattered
+        exchanges = 1 + training * (1 + (layout.recompute != "none"))
+        context = layers * exchanges * keys * (layout.context - 1) / (link if near else network)
     expert = _expert_seconds(shape, layout, cluster, activations=activations, passes=passes)
     hop = activations / (layout.tensor if layout.sequence_parallel else 1)
     pipeline = (1 + training) * layout.virtual * hop / network if layout.pipeline > 1 else 0.0

@@ -6,7 +6,7 @@ numbers back; every method is collective: all ranks must call it, in the same or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import distributed
 
 from nemo_spin.config.schema import ModelConfig
+from nemo_spin.data.context import row_multiple, share_of
 from nemo_spin.data.datasets import Units
-from nemo_spin.data.packing import Layout
+from nemo_spin.data.packing import Layout, Microbatch
 from nemo_spin.megatron.forward_step import ForwardStep, LossFunction, row_logps
 from nemo_spin.megatron.runtime import Runtime
 
@@ -51,8 +52,10 @@ class Engine:
         config = self._config
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss if self.optimizer else None
-        if config.sequence_parallel:
-            self.layout = replace(self.layout, pad_to_multiple=self.runtime.tp_size)
+        multiple = row_multiple(
+            tp_size=self.runtime.tp_size if config.sequence_parallel else 1, cp_size=self.runtime.cp_size
+        )
+        self.layout = replace(self.layout, pad_to_multiple=multiple)
 
     @property
     def _config(self) -> Any:
@@ -126,7 +129,7 @@ class Engine:
             microbatches += [[-1]] * (-len(microbatches) % self.runtime.pp_size)
         for chunk in self.chunks:
             chunk.train(not forward_only)
-        data = [self.layout.collated(units, microbatches, self.runtime.device) for _ in self.chunks]
+        data = [self._collated(units, microbatches) for _ in self.chunks]
         outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=ForwardStep(loss, self.vocab_size, self.runtime),
             data_iterator=data if len(data) > 1 else data[0],
@@ -138,6 +141,13 @@ class Engine:
             collect_non_loss_data=loss is None,
         )
         return outputs
+
+    def _collated(self, units: Units, microbatches: Sequence[Sequence[int]]) -> Iterator[Microbatch]:
+        """This rank's share of each microbatch, made when a schedule asks for it."""
+        for chosen in microbatches:
+            whole = self.layout.collate(units, chosen)
+            share = share_of(whole, cp_rank=self.runtime.cp_rank, cp_size=self.runtime.cp_size)
+            yield share.to(self.runtime.device)
 
     def _reduce(self, outputs: list[Any], names: Sequence[str]) -> dict[str, float]:
         """Sums what the last stages reported over microbatches and replicas."""

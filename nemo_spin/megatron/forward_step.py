@@ -13,12 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
 from nemo_spin.data.packing import Microbatch
 from nemo_spin.megatron.runtime import Runtime
 from nemo_spin.megatron.vocab_parallel import output_weight, response_logps
-from nemo_spin.objective.log_probs import response_sums, token_counts
+from nemo_spin.objective.log_probs import response_sums
 from nemo_spin.objective.losses import PairLogps
 from nemo_spin.objective.objective import Objective
 from nemo_spin.objective.options import PairLengths
@@ -56,7 +57,7 @@ def spin_loss(microbatch: Microbatch, logps: Tensor, *, objective: Objective) ->
     real, generated = microbatch.pair_real, microbatch.pair_generated
     opponent = microbatch.opponent_logps.float()
     pairs = PairLogps(logps[real], logps[generated], opponent[real], opponent[generated])
-    tokens = token_counts(microbatch.target_responses, microbatch.num_responses)
+    tokens = microbatch.response_tokens
     lengths = PairLengths(tokens[real], tokens[generated])
     margins = objective.margins(pairs, lengths)
     weights = _pair_weights(microbatch)
@@ -85,7 +86,7 @@ def sft_loss(microbatch: Microbatch, logps: Tensor) -> LossOutput:
     """Sum of the negative log-likelihood of real responses; divided by their tokens."""
     weights = microbatch.unit_weights
     real = logps[microbatch.unit_real]
-    tokens = token_counts(microbatch.target_responses, microbatch.num_responses)[microbatch.unit_real]
+    tokens = microbatch.response_tokens[microbatch.unit_real]
     losses = torch.where(weights > 0, -real, 0.0)
     columns = [losses, torch.ones_like(weights), real, tokens]
     return losses.sum(), _count((tokens * weights).sum()), _weighted_sums(columns, weights)
@@ -139,9 +140,15 @@ class ForwardStep:
             tp_group=self.runtime.tp_group,
         )
         logps = response_sums(per_token, microbatch.target_responses, microbatch.num_responses)
+        if self.runtime.cp_size > 1:
+            # Sums over the ranks' shares of each response. Backward is the identity: every rank
+            # forms the same loss, and gradients of its own tokens are all that it adds to the sum.
+            logps = reduce_from_tensor_model_parallel_region(logps, group=self.runtime.cp_group)
         if self.loss_function is None or non_loss_data:
             return microbatch, logps.detach()
-        return self.loss_function(microbatch, logps)
+        total, count, sums = self.loss_function(microbatch, logps)
+        # Megatron adds the counts of all ranks of a data- and context-parallel group
+        return total, count if self.runtime.cp_rank == 0 else torch.zeros_like(count), sums
 
 
 def row_logps(microbatch: Microbatch, logps: Tensor) -> dict[int, tuple[float, float]]:

@@ -25,9 +25,11 @@ class Runtime:
         world_size: Number of ranks.
         tp_rank, tp_size: Position in and size of the tensor-parallel group.
         pp_rank, pp_size: The same for the pipeline.
-        dp_rank, dp_size: The same for data parallelism.
+        cp_rank, cp_size: The same for context parallelism, whose ranks share a replica's rows.
+        dp_rank, dp_size: The same for data parallelism, over replicas.
         tp_group: Tensor-parallel process group.
-        dp_group: Data-parallel process group.
+        cp_group: Context-parallel process group.
+        dp_group: Data-parallel process group; one rank of each replica.
     """
 
     device: torch.device
@@ -37,9 +39,12 @@ class Runtime:
     tp_size: int
     pp_rank: int
     pp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
     tp_group: Any
+    cp_group: Any
     dp_group: Any
 
     @property
@@ -55,7 +60,7 @@ class Runtime:
     @property
     def speaks_for_replica(self) -> bool:
         """Whether this rank is the one of its data-parallel replica that holds results."""
-        return self.is_last_stage and self.tp_rank == 0
+        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
 
 def initialize(
@@ -156,9 +161,12 @@ def _initialize_model_parallel(
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
     )
 

@@ -121,7 +121,8 @@ class MegatronGPTSPINModel(ModelPT):
         architecture = architecture_of(job.opponent)
         chunks = build_model(architecture, job.model, params_dtype=dtype)
         load_weights(chunks, job.opponent, architecture)
-        distributed = uses_distributed_optimizer(job.model, dp_size=self.runtime.dp_size)
+        replicas = self.runtime.dp_size * self.runtime.cp_size
+        distributed = uses_distributed_optimizer(job.model, dp_size=replicas)
         wrapped = wrap_for_training(chunks, distributed_optimizer=distributed)
         optimizer = build_optimizer(
             wrapped, job.optim, lr=job.lr, params_dtype=dtype, distributed=distributed

@@ -19,8 +19,3 @@ def response_sums(token_logps: Tensor, target_responses: Tensor, num_responses: 
     """
     sums = torch.zeros(num_responses, dtype=token_logps.dtype, device=token_logps.device)
     return sums.index_add(0, target_responses, token_logps)
-
-
-def token_counts(target_responses: Tensor, num_responses: int) -> Tensor:
-    """Tokens of each response. [Q] int64."""
-    return torch.bincount(target_responses, minlength=num_responses)

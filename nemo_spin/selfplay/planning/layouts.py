@@ -148,7 +148,7 @@ def configured(shape: ModelShape, request: Request) -> ParallelLayout | None:
         virtual=virtual,
         sequence_parallel=model.sequence_parallel,
         recompute=model.recompute_granularity or "none",
-        distributed_optimizer=(data > 1 and request.numerics.optimizer in _SHARDED_OPTIMIZERS)
+        distributed_optimizer=(data * context > 1 and request.numerics.optimizer in _SHARDED_OPTIMIZERS)
         if sharded is None
         else sharded,
     )

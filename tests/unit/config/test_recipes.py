@@ -103,6 +103,7 @@ def plan_as_written(tmp_path: Path, recipe: str, *, gpu: str) -> Plan:
         "model.tensor_model_parallel_size": model.tensor_model_parallel_size,
         "model.pipeline_model_parallel_size": model.pipeline_model_parallel_size,
         "model.virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size,
+        "model.context_parallel_size": model.context_parallel_size,
         "model.sequence_parallel": model.sequence_parallel,
         "model.recompute_granularity": model.recompute_granularity,
         "model.micro_batch_tokens": model.micro_batch_tokens,

@@ -161,10 +161,6 @@ def test_the_global_batch_is_whole_microbatches_of_every_rank() -> None:
             "model.sequence_parallel: true, with model.tensor_model_parallel_size 1",
         ),
         (
-            ["model.context_parallel_size=2", "trainer.devices=2"],
-            "model.context_parallel_size: 2\n  rule:   must be 1",
-        ),
-        (
             ["model.expert_model_parallel_size=2"],
             "must be 1: the supported model families have no experts yet",
         ),

@@ -46,17 +46,18 @@ def test_shared_prompt_row_by_hand() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 0, 1, 2, 3, 1]]
     assert batch.segments is not None
     assert batch.segments.tolist() == [
-        [0, 2, 0, 0],
-        [2, 2, 0, 2],
-        [4, 2, 0, 2],
-        [6, 1, 0, 0],
-        [7, 3, 6, 1],
-        [10, 1, 6, 1],
+        [0, 2, 0, 0, 0, 2],
+        [2, 2, 0, 2, 2, 2],
+        [4, 2, 0, 2, 4, 2],
+        [6, 1, 0, 0, 6, 1],
+        [7, 3, 6, 1, 7, 3],
+        [10, 1, 6, 1, 10, 1],
     ]
     # the prompt's last token predicts the first token of both responses
     assert batch.target_positions.tolist() == [1, 2, 1, 4, 6, 7, 8, 6]
     assert batch.target_ids.tolist() == [8, 2, 11, 2, 9, 10, 2, 2]
     assert batch.target_responses.tolist() == [0, 0, 1, 1, 2, 2, 2, 3]
+    assert batch.response_tokens.tolist() == [2, 2, 3, 1]
     assert batch.opponent_logps.tolist() == [-1.0, -10.0, -2.0, -20.0]
     assert batch.pair_real.tolist() == [0, 2] and batch.pair_generated.tolist() == [1, 3]
 
@@ -134,7 +135,7 @@ def visible(batch: Microbatch) -> list[list[int]]:
             keys = list(range(start, position + 1))
         else:
             segments = batch.segments.tolist()
-            first, _, prefix, count = next(s for s in segments if s[0] <= position < s[0] + s[1])
+            first, _, prefix, count, *_ = next(s for s in segments if s[0] <= position < s[0] + s[1])
             keys = [*range(prefix, prefix + count), *range(first, position + 1)]
         seen.append([ids[key] for key in keys])
     return seen
@@ -156,9 +157,7 @@ def test_every_packing_predicts_the_same_tokens_from_the_same_contexts(
     for packing, batch in batches.items():
         assert batch.input_ids.shape[1] % multiple == 0
         if batch.segments is not None:
-            covered = [
-                p for first, count, _, _ in batch.segments.tolist() for p in range(first, first + count)
-            ]
+            covered = [p for first, count, *_ in batch.segments.tolist() for p in range(first, first + count)]
             assert covered == list(range(batch.num_slots)), packing
 
 
