@@ -50,3 +50,12 @@ def from_first_rank(value: T) -> T:
     values: list[Any] = [value]
     distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def merged(own: dict[str, T]) -> dict[str, T]:
+    """The entries of all ranks' mappings, on every rank. All ranks must call."""
+    if not distributed.is_initialized():
+        return own
+    parts: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}

@@ -26,7 +26,7 @@ from nemo_spin.errors import NemoSpinError
 from nemo_spin.megatron.architecture import Architecture
 
 CARD_NAME = "README.md"
-MAX_SHARD_BYTES = 4 * 10**9
+MAX_SHARD_BYTES = 10**9  # several files are hashed, and read by vLLM, at the same time
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, distributed, nn
 
-from nemo_spin.bridge.agreement import from_first_rank, together
+from nemo_spin.bridge.agreement import from_first_rank, merged, together
 from nemo_spin.bridge.checkpoint_files import check_tensors, open_checkpoint
 from nemo_spin.bridge.export_files import (
     CARD_NAME,
@@ -44,7 +43,8 @@ from nemo_spin.bridge.placement import (
     view,
 )
 from nemo_spin.bridge.safetensors_format import DTYPE_OF, ITEM_SIZES, StoredTensor
-from nemo_spin.data.files import Manifest, atomic_directory, write_manifest
+from nemo_spin.bridge.writer import BlockWriter
+from nemo_spin.data.files import Manifest, atomic_directory, sha256_files, write_manifest
 from nemo_spin.data.progress import Progress
 from nemo_spin.errors import ExportError, explain
 from nemo_spin.megatron.architecture import Architecture
@@ -120,10 +120,16 @@ def export_weights(
                     source_dir=source_dir,
                     architecture=architecture,
                     extra=extra or {},
+                    hashes=hashes,
                 )
+
+        def hash_files() -> dict[str, str]:
+            with _storage_errors(out_dir):
+                return _hashes_of_own_share(plan, directory)
 
         directory = from_first_rank(together(begin))
         together(write)
+        hashes = merged(together(hash_files))
         manifest = together(finish)
         together(stack.close)
     return manifest
@@ -138,6 +144,17 @@ def _source_dtype(source_dir: Path, architecture: Architecture) -> str:
     return checkpoint.tensors[first].dtype
 
 
+def _hashes_of_own_share(plan: ExportPlan, directory: Path) -> dict[str, str]:
+    """File name -> sha256 for the weight files that fall to this rank: all ranks hash.
+
+    Every rank must have made durable what it wrote, or another node may read old bytes.
+    """
+    is_alone = not distributed.is_initialized()
+    rank, world_size = (0, 1) if is_alone else (distributed.get_rank(), distributed.get_world_size())
+    own = [directory / name for name in list(plan.files)[rank::world_size]]
+    return {path.name: digest for path, digest in sha256_files(own).items()}
+
+
 def _finish(
     plan: ExportPlan,
     directory: Path,
@@ -145,6 +162,7 @@ def _finish(
     source_dir: Path,
     architecture: Architecture,
     extra: Mapping[str, Any],
+    hashes: Mapping[str, str],
 ) -> Manifest:
     """Adds what is not weights, and the manifest, last."""
     facts = {"base_model": base_model(source_dir)}
@@ -162,6 +180,7 @@ def _finish(
         files=files_in(directory),
         inputs=inputs,
         counts={**facts, **counts},
+        hashes=hashes,
     )
 
 
@@ -181,57 +200,12 @@ def _storage_errors(out_dir: Path) -> Iterator[None]:
         ) from error
 
 
-class _Writer:
-    """Writes blocks at byte offsets; after a first error nothing more, but without raising.
-
-    The other ranks of a tensor-parallel group may be waiting for this one in a collective,
-    so the error is raised when all blocks are through.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._descriptors: dict[str, int] = {}
-        self._error: OSError | None = None
-
-    def attempt(self, action: Callable[[], None]) -> None:
-        """Does it, unless something failed before."""
-        if self._error is None:
-            try:
-                action()
-            except OSError as error:
-                self._error = error
-
-    def write(self, target: StoredTensor, first_row: int, bits: np.ndarray) -> None:
-        """Writes whole rows of a tensor, `bits` being of its item size: [rows, ...]."""
-        name = target.file.name
-        if name not in self._descriptors:
-            self._descriptors[name] = os.open(self._directory / name, os.O_WRONLY)
-        row_bytes = target.size // target.shape[0]
-        position = target.offset + first_row * row_bytes
-        rest = memoryview(bits.data).cast("B")
-        while rest:
-            written = os.pwrite(self._descriptors[name], rest, position)
-            rest, position = rest[written:], position + written
-
-    def close(self) -> None:
-        """Makes what was written durable.
-
-        Raises:
-            OSError: The first error.
-        """
-        for descriptor in self._descriptors.values():
-            self.attempt(functools.partial(os.fsync, descriptor))
-            os.close(descriptor)
-        if self._error is not None:
-            raise self._error
-
-
 @torch.no_grad()
 def _write(parameters: list[Placed], plan: ExportPlan, *, directory: Path, progress: Progress) -> None:
     """Writes this rank's share. All ranks of a tensor-parallel group must call."""
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return
-    writer = _Writer(directory)
+    writer = BlockWriter(directory)
     for done, placed in enumerate(parameters, start=1):
         for piece in placed.pieces:
             target = plan.places[piece.tensor]

@@ -176,9 +176,21 @@ def write_manifest(
     files: list[str],
     inputs: Mapping[str, Any],
     counts: Mapping[str, Any],
+    hashes: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Hashes `files` (relative to `directory`) and writes the manifest, last of all."""
-    hashes = sha256_files([directory / name for name in files])
+    """Hashes `files` (relative to `directory`) and writes the manifest, last of all.
+
+    Args:
+        directory: Where the files are, and the manifest will be.
+        stage: Name of the stage.
+        files: All files that belong to it.
+        inputs: See `Manifest`.
+        counts: See `Manifest`.
+        hashes: sha256 of those files that were hashed already.
+    """
+    known = dict(hashes or {})
+    hashed = sha256_files([directory / name for name in files if name not in known])
+    known |= {path.relative_to(directory).as_posix(): digest for path, digest in hashed.items()}
     manifest = Manifest(
         stage=stage,
         inputs=dict(inputs),
@@ -186,7 +198,7 @@ def write_manifest(
         files={
             name: {
                 "size": (directory / name).stat().st_size,
-                "sha256": hashes[directory / name],
+                "sha256": known[name],
             }
             for name in sorted(files)
         },
