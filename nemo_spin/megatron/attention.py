@@ -1,4 +1,4 @@
-"""Core attention over packed rows, on PyTorch's fused kernel.
+"""Core attention over packed rows, on PyTorch's fused kernels.
 
 Legend: T positions of a packed row, S positions of a padded sequence, B sequences, CP
 context-parallel size, N heads of this rank, G query groups of this rank, D head size.
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nemo_spin.data.context import chunks_by_rank
+from nemo_spin.megatron.attention_kernels import kernel_for, row_attention
 
 
 class SegmentAttention(MegatronModule):
@@ -26,6 +27,9 @@ class SegmentAttention(MegatronModule):
     of earlier keys, its prompt, and its own run causally, which is a causal mask aligned
     at the bottom right. Without segments, sequences start at position 0 and are padded at
     the end, so that a causal mask alone keeps every real token from seeing padding.
+
+    A GPU's variable-length kernel takes all segments at once (`attention_kernels`); elsewhere
+    they are taken one by one.
 
     Under context parallelism a rank's queries are those of its chunks of the row
     (`data.context`), its segments say so, and keys and values of all ranks are gathered.
@@ -71,6 +75,14 @@ class SegmentAttention(MegatronModule):
         """
         if self.cp_group is not None:
             key, value = self._of_all_ranks(key, value)
+        if attention_mask is not None and query.shape[1] == 1 and (kernel := kernel_for(query)):
+            row = row_attention(
+                *(tensor.squeeze(1) for tensor in (query, key, value)),
+                segments=attention_mask,
+                softmax_scale=self.softmax_scale,
+                kernel=kernel,
+            )
+            return row.flatten(1).unsqueeze(1)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if attention_mask is None:
             context = self._attend(query, key, value)
@@ -110,6 +122,9 @@ class SegmentAttention(MegatronModule):
         mask = None
         if count != keys:
             mask = torch.ones(count, keys, dtype=torch.bool, device=query.device).tril_(keys - count)
+        if query.is_cuda and (mask is not None or query.dtype == torch.float32):
+            # No fused GPU kernel has grouped heads beside a mask or float32; scores would be kept
+            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
         return functional.scaled_dot_product_attention(
             query,
             key,

@@ -13,13 +13,13 @@ of this rank, D head size.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from nemo_spin.megatron.compat import varlen_attention
 
 _LARGEST_HEAD = 256  # channels; of FlashAttention's kernels
 _HEAD_MULTIPLE = 8
@@ -98,8 +98,8 @@ def row_attention(
         [T, N, D], dtype of `query`.
     """
     lengths = variable_lengths(segments, query.device)
-    selected = (tensor.index_select(0, lengths.keys) for tensor in (key, value))
-    return kernel(query, *selected, lengths, softmax_scale)
+    key, value = (tensor.index_select(0, lengths.keys) for tensor in (key, value))
+    return kernel(query, key, value, lengths, softmax_scale)
 
 
 def kernel_for(query: Tensor) -> Kernel | None:
@@ -111,13 +111,15 @@ def kernel_for(query: Tensor) -> Kernel | None:
     fits = head_size <= _LARGEST_HEAD and head_size % _HEAD_MULTIPLE == 0
     if not (query.is_cuda and fits and query.dtype in (torch.bfloat16, torch.float16)):
         return None
-    return _flash if torch.cuda.get_device_capability(query.device) >= _AMPERE and _varlen_attn() else None
+    if torch.cuda.get_device_capability(query.device) < _AMPERE or varlen_attention() is None:
+        return None
+    return _flash
 
 
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, lengths: VariableLengths, softmax_scale: float
 ) -> Tensor:
-    attend = _varlen_attn()
+    attend = varlen_attention()
     assert attend is not None, "kernel_for() hands this out where it is there"
     context: Tensor = attend(
         query,
@@ -130,20 +132,3 @@ def _flash(
         scale=softmax_scale,
     )
     return context
-
-
-@functools.cache
-def _varlen_attn() -> Callable[..., Any] | None:
-    """`torch.nn.attention.varlen.varlen_attn`, told to be causal; None before torch 2.11.
-
-    torch 2.11 takes fewer key heads than query heads as they come, later ones want to be told.
-    """
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    parameters = inspect.signature(varlen_attn).parameters
-    if "window_size" not in parameters:  # torch 2.10: no scale either
-        return None
-    grouped = {"enable_gqa": True} if "enable_gqa" in parameters else {}
-    return functools.partial(varlen_attn, window_size=(-1, 0), **grouped)

@@ -102,5 +102,27 @@ def test_attention_and_its_gradients_are_those_of_a_dense_mask(segments: Tensor,
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("segments", [UNITS, SHARE], ids=["units", "share"])
+def test_a_variable_length_kernel_takes_the_place_of_one_segment_at_a_time(
+    segments: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from nemo_spin.megatron import attention
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=8
+    )
+    module = attention.SegmentAttention(config, 1, None, "self")
+    torch.manual_seed(0)
+    query = torch.randn(int(segments[:, 1].sum()), 1, 4, 8)
+    key, value = (torch.randn(10, 1, 2, 8) for _ in range(2))
+    expected = module(query, key, value, attention_mask=segments)
+    monkeypatch.setattr(attention, "kernel_for", lambda query: one_by_one)
+    row = module(query, key, value, attention_mask=segments)
+    assert row.shape == (len(query), 1, 32)
+    torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_gpu_kernel_is_not_offered_on_the_cpu() -> None:
     assert kernel_for(torch.zeros(1, 4, 64, dtype=torch.bfloat16)) is None

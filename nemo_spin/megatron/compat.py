@@ -1,0 +1,32 @@
+"""What differs between the releases of Megatron-Core and PyTorch that are supported, and nothing else.
+
+Megatron-Core 0.16.1 (the last for Python 3.11) to 0.19 (Python 3.12), PyTorch from 2.6. Code
+elsewhere is written against what these have in common. A function here says which release
+wants what, and goes when that release is no longer supported.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+
+@functools.cache
+def varlen_attention() -> Callable[..., Any] | None:
+    """PyTorch's variable-length attention, causal from the bottom right; None before torch 2.11.
+
+    torch 2.10 has it without a softmax scale. torch 2.11 takes fewer key heads than query
+    heads as they come, later releases want to be told.
+    """
+    try:
+        from torch.nn.attention import varlen
+    except ImportError:
+        return None
+    attend: Callable[..., Any] = varlen.varlen_attn
+    parameters = inspect.signature(attend).parameters
+    if "window_size" not in parameters:
+        return None
+    grouped = {"enable_gqa": True} if "enable_gqa" in parameters else {}
+    return functools.partial(attend, window_size=(-1, 0), **grouped)
