@@ -139,6 +139,8 @@ TEXTS: tuple[str, ...] = (
     "model.path",
     "spin.loss",
     "sft.output",
+    "export.checkpoint",
+    "export.output",
     "data.train",
     "data.heldout",
     "data.train_split",
@@ -168,4 +170,5 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "evaluate": _LOOP,
     "sft": ("sft.output", "model.path", "data.train"),
     "import-hf": ("run_dir", "model.path"),
+    "export of a checkpoint": ("run_dir", "model.path", "export.output"),
 }

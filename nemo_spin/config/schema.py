@@ -95,6 +95,14 @@ class SftConfig:
 
 
 @dataclass
+class ExportConfig:
+    """A checkpoint that is no iteration's (`nemo-spin export`)."""
+
+    checkpoint: str | None = None  # Megatron distributed checkpoint; null: that of an iteration
+    output: str = MISSING  # Hugging Face directory to write; with `checkpoint` only
+
+
+@dataclass
 class DataConfig:
     """Demonstrations and how they become token ids (once, for all iterations)."""
 
@@ -196,6 +204,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     spin: SpinConfig = field(default_factory=SpinConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     data: DataConfig = field(default_factory=DataConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -161,6 +161,8 @@ def _value_at(config: Config, key: str) -> Any:
 
 
 def _missing(config: Config, command: str | None) -> Iterator[Mistake]:
+    if command == "export" and config.export.checkpoint is not None:
+        command = "export of a checkpoint"
     for key in REQUIRED[command] if command is not None else ():
         if _value_at(config, key) == MISSING:
             yield mistake(

@@ -96,7 +96,7 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
     """Loads weights and, if the engine has one, the optimizer. All ranks must call.
 
     Returns:
-        What was saved as `common`.
+        What was saved as `common`; nothing where another program saved.
 
     Raises:
         CheckpointError: The checkpoint cannot be read or is of another model.
@@ -118,7 +118,7 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
                 remedy=f"remove {path}; the run goes on from the checkpoint before it",
             )
         ) from error
-    common: dict[str, Any] = loaded["common"]
+    common: dict[str, Any] = loaded.get("common", {})  # Megatron's own have none
     return common
 
 

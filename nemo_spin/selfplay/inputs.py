@@ -58,6 +58,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     ),
     "sft": (*_OPTIMIZATION, "sft.lr", "sft.epochs", "sft.max_steps"),
     "import-hf": ("trainer.precision",),
+    "export-checkpoint": ("trainer.precision",),
 }
 PER_ITERATION = frozenset(
     {"spin.beta", "spin.lr", "spin.epochs", "generation.temperature", "generation.top_p"}

@@ -72,9 +72,9 @@ def run_stage(
         NemoSpinError: What stopped it.
     """
     with _open(config, Path(config.run_dir), launcher=launcher, screen=screen) as session:
-        if stage != "import-hf":
-            refuse_other_inputs(spin_stages(session.context))
         chosen = stage_of_command(session.context, stage, iteration)
+        if chosen.of_the_loop:
+            refuse_other_inputs(spin_stages(session.context))
         session.begin([chosen])
         session.do(chosen)
 

@@ -25,6 +25,7 @@ STAGES = {
     "sft": "nemo_spin.selfplay.ranks.train:sft",
     "export": "nemo_spin.selfplay.ranks.export:export",
     "import-hf": "nemo_spin.selfplay.ranks.export:import_hf",
+    "export-checkpoint": "nemo_spin.selfplay.ranks.export:export_checkpoint",
 }
 
 

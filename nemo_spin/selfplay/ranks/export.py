@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nemo_spin.bridge.export_hf import export_weights, verify_export
 from nemo_spin.bridge.import_hf import load_weights
 from nemo_spin.data.files import write_manifest
@@ -42,6 +44,31 @@ def export(context: StageContext) -> None:
     )
     if context.config.spin.gates.export:
         verify_export(engine.chunks, here.model, architecture)
+
+
+def export_checkpoint(context: StageContext) -> None:
+    """Writes `export.output` from `export.checkpoint`. All ranks must call.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read, or is of another model than model.path.
+        ExportError: The directory could not be written, or differs when read back.
+    """
+    source, settings = context.here.opponent, context.config.export
+    assert settings.checkpoint is not None, "there is a checkpoint to export"
+    engine, architecture = context.build_engine(source)
+    checkpoint = Path(settings.checkpoint).expanduser()
+    load_checkpoint(engine, latest_checkpoint(checkpoint) or checkpoint)
+    output = Path(settings.output).expanduser()
+    export_weights(
+        engine.chunks,
+        architecture=architecture,
+        source_dir=source,
+        out_dir=output,
+        progress=context.progress,
+        extra={"inputs": context.inputs},
+    )
+    if context.config.spin.gates.export:
+        verify_export(engine.chunks, output, architecture)
 
 
 def import_hf(context: StageContext) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.selfplay.stages.evaluate import EvaluateStage
 from nemo_spin.selfplay.stages.export import ExportStage, ImportStage
+from nemo_spin.selfplay.stages.export_checkpoint import ExportCheckpointStage
 from nemo_spin.selfplay.stages.generate import GenerateStage
 from nemo_spin.selfplay.stages.prepare import PrepareStage
 from nemo_spin.selfplay.stages.score import ScoreStage
@@ -51,6 +52,8 @@ def stage_of_command(context: Context, name: str, iteration: int | None) -> Stag
     """
     if name == ImportStage.name:
         return ImportStage(context)
+    if name == ExportStage.name and context.config.export.checkpoint is not None:
+        return ExportCheckpointStage(context)
     iterations = context.config.spin.iterations
     if iteration is not None and iteration >= iterations:
         raise ConfigError(

@@ -53,6 +53,7 @@ class ImportStage(Stage):
     """`model.path` as a Megatron distributed checkpoint."""
 
     name = "import-hf"
+    of_the_loop = False
 
     @property
     def directory(self) -> Path:

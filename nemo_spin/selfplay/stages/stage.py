@@ -57,6 +57,8 @@ class Stage(abc.ABC):
     name: ClassVar[str]
     # Whether later stages consume the result (so that changing it means redoing them).
     consumed: ClassVar[bool] = True
+    # Whether `nemo-spin run` runs it.
+    of_the_loop: ClassVar[bool] = True
     # What the names under `config` in the inputs lack.
     key_prefix: ClassVar[str] = ""
 

@@ -41,6 +41,8 @@ WITHOUT_EFFECT = {
     "spin.gates.sampler",
     "spin.gates.export",
     "sft.output",
+    "export.checkpoint",  # the hash of its files counts
+    "export.output",
     "generation.python",
     "generation.tensor_parallel_size",
     "generation.replicas",
