@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from nemo_spin.config.fp8_rules import FP8_KEYS, fp8_has_what_it_needs
 from nemo_spin.config.loss_rules import loss_is_known_or_a_function, opponent_is_not_mixed_yet
 from nemo_spin.config.mistakes import Mistake, mistake
 from nemo_spin.config.schema import Config
@@ -324,6 +325,7 @@ RELATIONS: tuple[Relation, ...] = (
     Relation(("model.use_distributed_optimizer", "model.optim.name"), _distributed_optimizer_shards_adam),
     Relation(("launcher.name", "trainer.num_nodes"), _local_launcher_has_one_node),
     Relation(("model.transformer_impl", "trainer.accelerator"), _transformer_engine_needs_a_gpu),
+    Relation(FP8_KEYS, fp8_has_what_it_needs),
     Relation(("model.optim.betas",), _two_betas),
     Relation(("data.prompt_template",), _template_has_a_place_for_the_prompt),
     Relation(("generation.num_generations", "generation.temperature"), _several_generations_need_chance),

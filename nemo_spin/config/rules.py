@@ -119,6 +119,8 @@ LISTS: dict[str, Range] = {
 NAMES: dict[str, tuple[str, ...]] = {
     "model.packing": ("shared_prompt", "pairs", "none"),
     "model.transformer_impl": ("auto", "transformer_engine", "local"),
+    "model.fp8": ("hybrid", "e4m3"),
+    "model.fp8_recipe": ("tensorwise", "delayed", "blockwise", "mxfp8"),
     "model.recompute_granularity": ("full",),
     "model.optim.name": ("rmsprop", "adam"),
     "model.optim.sched.name": ("linear", "cosine", "constant"),

@@ -47,6 +47,8 @@ class ModelConfig:
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
     transformer_impl: str = "auto"  # auto | transformer_engine | local
+    fp8: str | None = None  # null | hybrid (e4m3, gradients e5m2) | e4m3: matrix products in 8 bits
+    fp8_recipe: str = "tensorwise"  # tensorwise | delayed | blockwise | mxfp8: how 8-bit scales are chosen
     packing: str = "shared_prompt"  # shared_prompt | pairs | none (padded sequences)
     micro_batch_tokens: int = 4096  # most token positions of a packed microbatch; a longer unit is alone
     micro_batch_size: int = 4  # pairs per microbatch and data-parallel rank, without packing

@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     from nemo_spin.data.packing import Microbatch
 
 
-def row_multiple(*, tp_size: int, cp_size: int) -> int:
+def row_multiple(*, tp_size: int, cp_size: int, alignment: int) -> int:
     """What the length of a row must be a multiple of.
 
     Args:
         tp_size: Ranks that split a share once more (sequence parallelism); 1 without it.
         cp_size: CP.
+        alignment: Positions that a rank's matrix products take at a time.
     """
-    return cp_size * math.lcm(2, tp_size) if cp_size > 1 else tp_size
+    share = tp_size * alignment
+    return cp_size * math.lcm(2, share) if cp_size > 1 else share
 
 
 def chunks_by_rank(cp_size: int) -> list[tuple[int, int]]:

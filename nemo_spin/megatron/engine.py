@@ -22,6 +22,7 @@ from nemo_spin.data.context import row_multiple, share_of
 from nemo_spin.data.datasets import Units
 from nemo_spin.data.packing import Layout, Microbatch
 from nemo_spin.megatron.forward_step import ForwardStep, LossFunction, row_logps
+from nemo_spin.megatron.fp8 import row_alignment
 from nemo_spin.megatron.runtime import Runtime
 
 
@@ -53,7 +54,9 @@ class Engine:
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss if self.optimizer else None
         multiple = row_multiple(
-            tp_size=self.runtime.tp_size if config.sequence_parallel else 1, cp_size=self.runtime.cp_size
+            tp_size=self.runtime.tp_size if config.sequence_parallel else 1,
+            cp_size=self.runtime.cp_size,
+            alignment=row_alignment(config),
         )
         self.layout = replace(self.layout, pad_to_multiple=multiple)
 

@@ -23,6 +23,7 @@ from nemo_spin.config.schema import ModelConfig
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.attention import SegmentAttention
+from nemo_spin.megatron.fp8 import fp8_settings
 from nemo_spin.megatron.norm import RMSNorm
 from nemo_spin.megatron.rope import PositionedRotaryEmbedding, concentration_as_scaling_factor
 from nemo_spin.megatron.vocab_parallel import withhold_logits
@@ -112,6 +113,7 @@ def transformer_config(
         embedding_init_method=_leave_uninitialised,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
+        **fp8_settings(model, transformer_engine=uses_transformer_engine(model.transformer_impl)),
         recompute_granularity=recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,

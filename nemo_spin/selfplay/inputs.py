@@ -32,7 +32,8 @@ _SAMPLING = (
     "generation.dtype",
     "trainer.precision",
 )
-_OPTIMIZATION = ("seed", "model.global_batch_size", "model.optim", "trainer.precision")
+_PRECISION = ("trainer.precision", "model.fp8", "model.fp8_recipe")
+_OPTIMIZATION = ("seed", "model.global_batch_size", "model.optim", *_PRECISION)
 _OBJECTIVE = (
     "spin.loss",
     "spin.beta",
@@ -46,7 +47,7 @@ _OBJECTIVE = (
 # `prepare` lists its inputs itself (`data/inputs.py`).
 KEYS: dict[str, tuple[str, ...]] = {
     "generate": (*_SAMPLING, "generation.num_generations"),
-    "score": ("trainer.precision", "spin.history"),
+    "score": (*_PRECISION, "spin.history"),
     "train": (*_OPTIMIZATION, *_OBJECTIVE, "spin.lr", "spin.epochs"),
     "export": ("trainer.precision",),
     "evaluate": (

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from nemo_spin.bridge.checkpoint_files import check_checkpoint
+from nemo_spin.config.fp8_rules import check_fp8_fits
 from nemo_spin.config.schema import Config
 from nemo_spin.config.validate import check_model_fits
 from nemo_spin.errors import CheckpointError, explain
@@ -81,4 +82,12 @@ def check_model(config: Config, model_dir: Path) -> None:
         ffn_hidden_size=architecture.ffn_hidden_size,
         vocab_size=architecture.vocab_size,
         sliding_window=architecture.sliding_window,
+    )
+    check_fp8_fits(
+        config,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        head_dim=architecture.head_dim,
     )

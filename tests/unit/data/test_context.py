@@ -46,12 +46,22 @@ def test_early_and_late_chunks_are_held_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tp_size", "cp_size", "multiple"), [(1, 1, 1), (4, 1, 4), (1, 2, 4), (2, 2, 4), (3, 2, 12)]
+    ("tp_size", "cp_size", "alignment", "multiple"),
+    [
+        (1, 1, 1, 1),
+        (4, 1, 1, 4),
+        (1, 2, 1, 4),
+        (2, 2, 1, 4),
+        (3, 2, 1, 12),
+        (1, 1, 16, 16),
+        (2, 1, 32, 64),
+        (2, 2, 16, 64),
+    ],
 )
 def test_rows_divide_into_chunks_and_sequence_parallel_shares(
-    tp_size: int, cp_size: int, multiple: int
+    tp_size: int, cp_size: int, alignment: int, multiple: int
 ) -> None:
-    assert row_multiple(tp_size=tp_size, cp_size=cp_size) == multiple
+    assert row_multiple(tp_size=tp_size, cp_size=cp_size, alignment=alignment) == multiple
 
 
 def contexts(share: Microbatch, ids: list[list[int]]) -> list[tuple[int, int, tuple[int, ...]]]:
@@ -85,7 +95,7 @@ def test_all_ranks_together_predict_every_token_from_its_whole_context(
     sizes: list[tuple[int, int, list[int]]], packing: str, cp_size: int, tp_size: int
 ) -> None:
     units = random_units(sizes)
-    multiple = row_multiple(tp_size=tp_size, cp_size=cp_size)
+    multiple = row_multiple(tp_size=tp_size, cp_size=cp_size, alignment=1)
     whole = Layout(packing, 100, 2, pad_to_multiple=multiple).collate(units, range(units.num_units))
     ids = whole.input_ids.tolist()
     shares = [share_of(whole, cp_rank=rank, cp_size=cp_size) for rank in range(cp_size)]
