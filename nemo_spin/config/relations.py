@@ -102,18 +102,16 @@ def _sequence_parallel_needs_tensor_parallel(config: Config) -> list[Mistake]:
     ]
 
 
-def _interleaving_needs_a_longer_pipeline(config: Config) -> list[Mistake]:
+def _interleaving_needs_a_pipeline(config: Config) -> list[Mistake]:
     model = config.model
-    if model.virtual_pipeline_model_parallel_size is None or model.pipeline_model_parallel_size > 2:
+    if model.virtual_pipeline_model_parallel_size is None or model.pipeline_model_parallel_size > 1:
         return []
     return [
         mistake(
             "model.virtual_pipeline_model_parallel_size",
-            found=f"{model.virtual_pipeline_model_parallel_size} with model.pipeline_model_parallel_size "
-            f"{model.pipeline_model_parallel_size}",
-            rule="an interleaved schedule needs more than two stages: with two, rows of different lengths "
-            "travelling both ways between the same ranks would be taken for each other",
-            remedy="set it to null, or model.pipeline_model_parallel_size to at least 3",
+            found=f"{model.virtual_pipeline_model_parallel_size} with model.pipeline_model_parallel_size 1",
+            rule="an interleaved schedule passes several chunks of layers through several stages",
+            remedy="set it to null, or model.pipeline_model_parallel_size to at least 2",
             also=("model.pipeline_model_parallel_size",),
         )
     ]
@@ -318,7 +316,7 @@ RELATIONS: tuple[Relation, ...] = (
     ),
     Relation(
         ("model.virtual_pipeline_model_parallel_size", "model.pipeline_model_parallel_size"),
-        _interleaving_needs_a_longer_pipeline,
+        _interleaving_needs_a_pipeline,
     ),
     Relation(("model.sequence_parallel", _SIZES[0]), _sequence_parallel_needs_tensor_parallel),
     Relation(("model.expert_model_parallel_size", "generation.replicas"), _not_supported_yet),

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nemo_spin.data.datasets import Units
 
@@ -277,6 +278,30 @@ class _Builder:
                 run = run - self._segments[row][0] + row * row_length
             runs.append(run)
         return np.concatenate(runs).astype(np.int64)
+
+
+def of_one_shape(microbatches: Sequence[Microbatch]) -> list[Microbatch]:
+    """The same microbatches, padded to as many rows and positions as the largest of them has."""
+    shapes = [microbatch.input_ids.shape for microbatch in microbatches]
+    num_rows, length = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
+    return [_padded(microbatch, num_rows=num_rows, length=length) for microbatch in microbatches]
+
+
+def _padded(microbatch: Microbatch, *, num_rows: int, length: int) -> Microbatch:
+    own_rows, own_length = microbatch.input_ids.shape
+    below_and_right = (0, length - own_length, 0, num_rows - own_rows)
+    segments, padding = microbatch.segments, [own_length, length - own_length]
+    if segments is not None and length > own_length:
+        added = torch.tensor([[*padding, 0, 0, *padding]], dtype=segments.dtype)
+        segments = torch.cat([segments, added])
+    row, position = microbatch.target_positions // own_length, microbatch.target_positions % own_length
+    return replace(
+        microbatch,
+        input_ids=functional.pad(microbatch.input_ids, below_and_right, value=_PADDING_ID),
+        position_ids=functional.pad(microbatch.position_ids, below_and_right),
+        segments=segments,
+        target_positions=row * length + position,
+    )
 
 
 def _columns(pairs: list[tuple[int, int, int]]) -> list[list[int]]:

@@ -6,7 +6,7 @@ numbers back; every method is collective: all ranks must call it, in the same or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import distributed
 from nemo_spin.config.schema import ModelConfig
 from nemo_spin.data.context import row_multiple, share_of
 from nemo_spin.data.datasets import Units
-from nemo_spin.data.packing import Layout, Microbatch
+from nemo_spin.data.packing import Layout, Microbatch, of_one_shape
 from nemo_spin.megatron.forward_step import ForwardStep, LossFunction, row_logps
 from nemo_spin.megatron.fp8 import row_alignment
 from nemo_spin.megatron.runtime import Runtime
@@ -128,27 +128,32 @@ class Engine:
         microbatches = self.layout.microbatches(
             units, np.asarray(indices), dp_rank=self.runtime.dp_rank, dp_size=self.runtime.dp_size
         )
-        if len(self.chunks) > 1:  # the interleaved schedule takes whole groups of microbatches
+        interleaved = len(self.chunks) > 1
+        if interleaved:  # its schedule takes whole groups of microbatches
             microbatches += [[-1]] * (-len(microbatches) % self.runtime.pp_size)
+        collated: Iterable[Microbatch] = (self.layout.collate(units, chosen) for chosen in microbatches)
+        rows, length = 1, 1  # lengths vary from microbatch to microbatch and travel with the tensors
+        if interleaved:
+            collated = of_one_shape(list(collated))
+            rows, length = collated[0].input_ids.shape
         for chunk in self.chunks:
             chunk.train(not forward_only)
-        data = [self._collated(units, microbatches) for _ in self.chunks]
+        data = [self._shares(collated) for _ in self.chunks]
         outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=ForwardStep(loss, self.vocab_size, self.runtime),
-            data_iterator=data if len(data) > 1 else data[0],
+            data_iterator=data if interleaved else data[0],
             model=self.chunks,
             num_microbatches=len(microbatches),
-            seq_length=1,  # lengths vary from microbatch to microbatch and travel with the tensors
-            micro_batch_size=1,
+            seq_length=length,
+            micro_batch_size=rows,
             forward_only=forward_only,
             collect_non_loss_data=loss is None,
         )
         return outputs
 
-    def _collated(self, units: Units, microbatches: Sequence[Sequence[int]]) -> Iterator[Microbatch]:
-        """This rank's share of each microbatch, made when a schedule asks for it."""
-        for chosen in microbatches:
-            whole = self.layout.collate(units, chosen)
+    def _shares(self, collated: Iterable[Microbatch]) -> Iterator[Microbatch]:
+        """This rank's share of each microbatch, when a schedule asks for it."""
+        for whole in collated:
             share = share_of(whole, cp_rank=self.runtime.cp_rank, cp_size=self.runtime.cp_size)
             yield share.to(self.runtime.device)
 

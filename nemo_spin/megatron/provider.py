@@ -76,6 +76,7 @@ def transformer_config(
     """
     half = params_dtype == torch.bfloat16
     recompute = model.recompute_granularity
+    interleaved = model.virtual_pipeline_model_parallel_size is not None
     config = TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -91,7 +92,11 @@ def transformer_config(
         pipeline_dtype=params_dtype,
         params_dtype=params_dtype,
         bf16=half,
-        variable_seq_lengths=True,
+        # An interleaved schedule with two stages sends both ways between the same ranks, where
+        # announced lengths would be taken for each other: its microbatches have one shape.
+        variable_seq_lengths=not interleaved,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         moe_token_dispatcher_type="alltoall",  # the one that Megatron allows beside it
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_epsilon,
@@ -112,7 +117,8 @@ def transformer_config(
         output_layer_init_method=_leave_uninitialised,
         embedding_init_method=_leave_uninitialised,
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True,
+        # gloo sends from the tensor itself: what is on its way to another stage must stay
+        deallocate_pipeline_outputs=torch.cuda.is_available() or not interleaved,
         **fp8_settings(model, transformer_engine=uses_transformer_engine(model.transformer_impl)),
         recompute_granularity=recompute,
         recompute_method="uniform" if recompute == "full" else None,

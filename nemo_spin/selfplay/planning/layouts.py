@@ -171,7 +171,7 @@ def _layouts(shape: ModelShape, request: Request) -> Iterator[ParallelLayout]:
             replica = tensor * pipeline * context
             if world % replica or not _divides(shape, request, tensor, pipeline * virtual):
                 continue
-            if virtual > 1 and pipeline < 3:
+            if virtual > 1 and pipeline == 1:
                 continue
             data = world // replica
             sharded = (

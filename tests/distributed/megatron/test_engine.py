@@ -225,13 +225,18 @@ def test_several_generations_of_a_prompt_share_its_weight(llama: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "model"),
-    [(4, {}), (3, {"virtual_pipeline_model_parallel_size": 2})],
-    ids=["four-stages", "interleaved"],
+    ("pipeline", "tied", "model"),
+    [
+        (4, False, {}),
+        (4, True, {}),
+        (3, True, {"virtual_pipeline_model_parallel_size": 2}),
+        (2, False, {"virtual_pipeline_model_parallel_size": 2, "packing": "pairs"}),
+        (2, True, {"virtual_pipeline_model_parallel_size": 2, "packing": "none"}),
+    ],
+    ids=["four-stages", "tied", "interleaved", "two-stages-interleaved", "two-stages-padded"],
 )
-@pytest.mark.parametrize("tied", [False, True])
 def test_deep_and_interleaved_pipelines(
-    tmp_path: Path, pipeline: int, model: dict[str, Any], tied: bool
+    tmp_path: Path, pipeline: int, tied: bool, model: dict[str, Any]
 ) -> None:
     layers = pipeline * model.get("virtual_pipeline_model_parallel_size", 1)
     model_dir = reference.make_model(tmp_path / "model", num_hidden_layers=layers, tie_word_embeddings=tied)

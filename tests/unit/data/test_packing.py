@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_spin.data.datasets import REAL_ONLY, Units
-from nemo_spin.data.packing import PACKINGS, Layout, Microbatch, pack, pack_for_ranks, spread
+from nemo_spin.data.packing import PACKINGS, Layout, Microbatch, of_one_shape, pack, pack_for_ranks, spread
 
 IDS = pa.list_(pa.int32())
 
@@ -186,6 +186,27 @@ def test_a_ghost_has_weight_zero_and_no_row(packing: str) -> None:
     batch = layout(packing).collate(units_of(TWO), [0, -1])
     assert batch.unit_weights.tolist() == [1.0, 0.0]
     assert batch.unit_rows == (range(1), range(0))
+
+
+@given(sizes=st.lists(st.lists(lengths, min_size=1, max_size=3), min_size=1, max_size=4))
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_microbatches_of_one_shape_predict_what_they_did(
+    packing: str, sizes: list[list[tuple[int, int, list[int]]]]
+) -> None:
+    before = []
+    for chosen in sizes:
+        units = random_units(chosen)
+        before.append(layout(packing, multiple=2).collate(units, range(units.num_units)))
+    after = of_one_shape(before)
+    num_rows, length = (max(batch.input_ids.shape[axis] for batch in before) for axis in (0, 1))
+    for old, new in zip(before, after, strict=True):
+        assert new.input_ids.shape == new.position_ids.shape == (num_rows, length)
+        assert visible(new) == visible(old)
+        flat = new.position_ids.flatten()[new.target_positions]
+        assert torch.equal(flat, old.position_ids.flatten()[old.target_positions])
+        if new.segments is not None:
+            queries = [q for first, count, *_ in new.segments.tolist() for q in range(first, first + count)]
+            assert queries == list(range(length))
 
 
 @given(sizes=st.lists(st.integers(1, 50), max_size=60), capacity=st.integers(1, 60))
