@@ -7,6 +7,7 @@ with garbage. So nothing gets a directory that `check_checkpoint` has not passed
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,20 +53,37 @@ class Checkpoint:
 
     directory: Path
     tensors: dict[str, StoredTensor]
-    _maps: dict[Path, np.memmap] = field(default_factory=dict, compare=False, repr=False)
+    _maps: dict[Path, mmap.mmap] = field(default_factory=dict, compare=False, repr=False)
 
-    def raw(self, name: str) -> np.ndarray:
+    def _mapped(self, name: str) -> np.ndarray:
         """The bytes of a tensor as they lie in the file: [size], uint8, read-only."""
         tensor = self.tensors[name]
         if tensor.file not in self._maps:
-            self._maps[tensor.file] = np.memmap(tensor.file, dtype=np.uint8, mode="r")
-        return self._maps[tensor.file][tensor.offset : tensor.offset + tensor.size]
+            with tensor.file.open("rb") as stream:
+                self._maps[tensor.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(self._maps[tensor.file], np.uint8, tensor.size, tensor.offset)
 
     def read(self, name: str, region: Region) -> np.ndarray:
         """A copy of a region of a tensor, its bits as signed integers of its item size."""
         tensor = self.tensors[name]
-        values = self.raw(name).view(_INTEGERS[ITEM_SIZES[tensor.dtype]]).reshape(tensor.shape)
-        return np.array(values[tuple(slice(*bounds) for bounds in region)])
+        values = self._mapped(name).view(_INTEGERS[ITEM_SIZES[tensor.dtype]]).reshape(tensor.shape)
+        copy = np.array(values[tuple(slice(*bounds) for bounds in region)])
+        row_bytes = tensor.size // max(1, tensor.shape[0]) if tensor.shape else tensor.size
+        first, last = region[0] if region else (0, 1)
+        self._release(tensor, first * row_bytes, last * row_bytes)
+        return copy
+
+    def is_finite(self, name: str, start: int, stop: int) -> bool:
+        """Whether the values in a range of a tensor's bytes are neither NaN nor infinite."""
+        tensor = self.tensors[name]
+        finite = all_finite(self._mapped(name)[start:stop], tensor.dtype)
+        self._release(tensor, start, stop)
+        return finite
+
+    def _release(self, tensor: StoredTensor, start: int, stop: int) -> None:
+        """Gives back the memory of a range that was read; a rank is not to hold the file."""
+        first = (tensor.offset + start) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._maps[tensor.file].madvise(mmap.MADV_DONTNEED, first, tensor.offset + stop - first)
 
 
 def open_checkpoint(hf_dir: Path) -> Checkpoint:
@@ -217,7 +235,7 @@ def _check_finite(checkpoint: Checkpoint) -> None:
 
     def is_finite(part: tuple[str, int]) -> bool:
         name, start = part
-        return all_finite(checkpoint.raw(name)[start : start + _CHECK_BYTES], checkpoint.tensors[name].dtype)
+        return checkpoint.is_finite(name, start, min(start + _CHECK_BYTES, checkpoint.tensors[name].size))
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for (name, _), good in zip(work, pool.map(is_finite, work), strict=True):

@@ -58,7 +58,8 @@ def test_every_layout_writes_the_same_bytes_and_the_source_values(
     assert set(before.tensors) == set(after.tensors)
     for name, stored in before.tensors.items():
         assert (stored.dtype, stored.shape) == (after.tensors[name].dtype, after.tensors[name].shape)
-        np.testing.assert_array_equal(before.raw(name), after.raw(name))
+        everything = tuple((0, size) for size in before.tensors[name].shape)
+        np.testing.assert_array_equal(before.read(name, everything), after.read(name, everything))
     check_checkpoint(source)
     assert weights_sha256(source) == weights_sha256(tmp_path / "tp1-pp1")
 
