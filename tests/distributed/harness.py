@@ -1,9 +1,10 @@
-"""Runs a function in several real processes over gloo, on CPU.
+"""Runs a function in several real processes: over gloo on CPU, over NCCL where there are GPUs.
 
 Every distributed test uses this and nothing else: the function must live at module
 level (it is pickled by name), gets its arguments and returns rank 0's result. The
 processes live on from test to test, because importing Megatron takes longer than most
-tests; process groups are made and destroyed each time.
+tests; process groups are made and destroyed each time. With GPUs every rank has one of
+its own; a test that wants more ranks than there are GPUs is skipped.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.context import SpawnProcess
 from typing import Any
+
+import pytest
 
 from nemo_spin.launch.rank import die_with_launcher
 
@@ -51,9 +54,22 @@ def _rank_main(tasks: Any, results: Any) -> None:
         try:
             value = function(*args)
             _leave_groups()
-            results.put((rank, True, value if rank == 0 else None))
+            results.put((rank, True, _on_cpu(value) if rank == 0 else None))
         except BaseException as error:
             results.put((rank, False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+def _on_cpu(value: Any) -> Any:
+    """`value` with the tensors in its lists, tuples and dictionaries on the CPU, to be sent home."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_on_cpu(entry) for entry in value)
+    return value
 
 
 def _leave_groups() -> None:
@@ -116,5 +132,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> Any:
     Raises:
         AssertionError: A rank failed; the message is that rank's traceback.
     """
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.device_count() < world_size:
+        pytest.skip(f"wants {world_size} GPUs, there are {torch.cuda.device_count()}")
     os.environ["OMP_NUM_THREADS"] = "1"
     return _pool.run(function, world_size, args)

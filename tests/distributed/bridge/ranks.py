@@ -91,14 +91,14 @@ def logits(tp_size: int, source: Path, ids: list[list[int]]) -> Any:
 
     chunks, architecture = _build(tp_size, 1, source, "float32")
     load_weights(chunks, source, architecture)
-    tokens = torch.tensor(ids)
+    tokens = torch.tensor(ids, device=torch.cuda.current_device())
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
         hidden_states = chunks[0](tokens, positions, attention_mask=None)
         own = (hidden_states @ output_weight(chunks[0]).T).contiguous()
     parts = [torch.empty_like(own) for _ in range(tp_size)]
     torch.distributed.all_gather(parts, own, group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat(parts, dim=-1)[..., : architecture.vocab_size].numpy()
+    return torch.cat(parts, dim=-1)[..., : architecture.vocab_size].cpu().numpy()
 
 
 def gate_after_change(tp_size: int, pp_size: int, source: Path, target: Path) -> list[tuple[str, str]]:

@@ -14,9 +14,9 @@ from tests.distributed.harness import run_ranks
 STEPS = 20
 
 
-def _gradient(name: str, shape: torch.Size, step: int) -> torch.Tensor:
+def _gradient(name: str, weight: torch.Tensor, step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 * step + len(name))
-    return torch.randn(shape, generator=generator)
+    return torch.randn(weight.shape, generator=generator).to(weight.device)
 
 
 def _trajectory(model_dir: Path, name: str, weight_decay: float) -> tuple[float, float]:
@@ -44,8 +44,8 @@ def _trajectory(model_dir: Path, name: str, weight_decay: float) -> tuple[float,
         for group in (*optimizer.param_groups, *other.param_groups):
             group["lr"] = 1e-3 / (step + 1)
         for key, parameter in named.items():
-            parameter.main_grad.copy_(_gradient(key, parameter.shape, step))
-            plain[key].grad = _gradient(key, parameter.shape, step)
+            parameter.main_grad.copy_(_gradient(key, parameter, step))
+            plain[key].grad = _gradient(key, parameter, step)
         optimizer.step()
         other.step()
     worst = max(((named[key] - plain[key]).norm() / plain[key].norm()).item() for key in named)

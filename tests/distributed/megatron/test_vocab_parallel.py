@@ -29,9 +29,9 @@ def _without_logits(
 
     runtime = initialize(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=1, seed=1)
     vocab_parallel._LOGITS_PER_CHUNK = 40  # several chunks, the last one short
-    hidden, weight, targets, factors = _case(vocab_size)
+    hidden, weight, targets, factors = (tensor.to(runtime.device) for tensor in _case(vocab_size))
     # padding rows hold what no rank may ever look at
-    full = torch.full((padded, HIDDEN), 1e4, dtype=dtype)
+    full = torch.full((padded, HIDDEN), 1e4, dtype=dtype, device=runtime.device)
     full[:vocab_size] = weight.to(dtype)
     mine = full.chunk(tensor)[runtime.tp_rank].clone().requires_grad_()
     hidden = hidden.to(dtype).requires_grad_()
