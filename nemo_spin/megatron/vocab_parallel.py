@@ -1,13 +1,17 @@
 """The output layer and the log-softmax in one, without ever holding the logits.
 
-Only positions that predict a response token reach the vocabulary; they are taken a few
-at a time, and the backward pass computes their logits again instead of keeping them.
+Only positions that predict a response token reach the vocabulary. Their logits exist in
+blocks of many tokens by a few vocabulary rows, so that the weight is read once and its
+gradient is written once for thousands of tokens; the backward pass computes a block
+again instead of keeping it.
 
-Legend: N predicted tokens, H hidden size, V vocabulary (padded), TP tensor-parallel size.
+Legend: N predicted tokens, H hidden size, V vocabulary (padded), TP tensor-parallel size;
+n tokens by r rows of the vocabulary make a block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +21,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, distributed
 
-_LOGITS_PER_CHUNK = 1 << 24  # float32 logits of this rank alive at a time: 64 MiB
+_LOGITS_PER_BLOCK = 1 << 24  # float32 logits of this rank alive at a time: 64 MiB
+_TOKENS_PER_BLOCK = 1 << 12  # at most; more would make blocks too narrow for fast products
 
 
 def withhold_logits(gpt: Any) -> None:
@@ -85,8 +90,12 @@ def logps_without_logits(
 ) -> Tensor:
     """log softmax(hidden @ weight^T)[target] over a vocabulary split over ranks.
 
-    Three all-reduces of a few tokens each per chunk forward, none backward: the gradient
-    for `hidden` is this rank's partial sum, the caller reduces it.
+    Three all-reduces of N numbers forward, none backward: the gradient for `hidden` is
+    this rank's partial sum, the caller reduces it.
+
+    A weight that Megatron's data parallelism manages has its gradient added to its float32
+    `main_grad` as the blocks are computed, the way Megatron's fused layers do it: no second
+    gradient of the vocabulary's size, no rounding to bfloat16 between microbatches.
 
     Args:
         hidden: [N, H], the same on all ranks of the group; float32 or bfloat16.
@@ -103,67 +112,124 @@ def logps_without_logits(
 
 
 class _LogpsWithoutLogits(torch.autograd.Function):
-    """With p = softmax(z), d log p[target] / dz = onehot(target) - p, formed again chunk by chunk."""
+    """With p = softmax(z), d log p[target] / dz = onehot(target) - p, formed again block by block."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tp_group: Any
     ) -> Tensor:
-        rows = weight.shape[0]
-        first = distributed.get_rank(tp_group) * rows
-        real_rows = min(max(vocab_size - first, 0), rows)
+        first = distributed.get_rank(tp_group) * weight.shape[0]
+        tokens = weight[: max(vocab_size - first, 0)]  # without rows that only pad the vocabulary
         local = targets - first
-        is_local = (local >= 0) & (local < real_rows)
-        local = torch.where(is_local, local, 0)
-        normalisers, chosen = [], []
-        for part in _chunks(hidden.shape[0], rows):
-            logits = _logits(hidden[part], weight, real_rows)
-            own = logits.gather(-1, local[part, None]).squeeze(-1)
-            chosen.append(torch.where(is_local[part], own, 0.0))
-            normalisers.append(_log_normaliser(logits, tp_group))
-        log_normaliser, picked = torch.cat(normalisers), torch.cat(chosen)
+        blocks = _Blocks(hidden, tokens, local)
+        # The sum of exp(z - maximum) over the rows seen so far, kept while the maximum rises.
+        maximum = hidden.new_full(targets.shape, float("-inf"), dtype=torch.float32)
+        total, picked = torch.zeros_like(maximum), torch.zeros_like(maximum)
+        for part, rows in blocks:
+            logits = blocks.logits(part, rows)
+            is_here, column = blocks.targets(part, rows)
+            picked[part] += torch.where(is_here, logits.gather(-1, column).squeeze(-1), 0.0)
+            higher = torch.maximum(maximum[part], logits.amax(dim=-1))
+            total[part] *= (maximum[part] - higher).exp_()
+            total[part] += logits.sub_(higher[:, None]).exp_().sum(dim=-1)
+            maximum[part] = higher
+        highest = maximum.clone()
+        distributed.all_reduce(highest, op=distributed.ReduceOp.MAX, group=tp_group)
+        total *= (maximum - highest).exp_()
+        distributed.all_reduce(total, group=tp_group)
         distributed.all_reduce(picked, group=tp_group)
-        ctx.save_for_backward(hidden, weight, log_normaliser, local, is_local)
-        ctx.real_rows = real_rows
+        log_normaliser = total.log_().add_(highest)
+        ctx.save_for_backward(hidden, weight, log_normaliser, local)
+        ctx.num_tokens = tokens.shape[0]
         return picked - log_normaliser
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden, weight, log_normaliser, local, is_local = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for part in _chunks(hidden.shape[0], weight.shape[0]):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        hidden, weight, log_normaliser, local = ctx.saved_tensors
+        blocks = _Blocks(hidden, weight[: ctx.num_tokens], local)
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_weight = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
+        for part, rows in blocks:
             grad = grads[0][part]
-            logits = _logits(hidden[part], weight, ctx.real_rows)
+            is_here, column = blocks.targets(part, rows)
             # in place: logits -> probabilities -> gradient of the logits
-            grad_logits = logits.sub_(log_normaliser[part, None]).exp_().mul_(-grad[:, None])
-            grad_logits.scatter_add_(-1, local[part, None], torch.where(is_local[part], grad, 0.0)[:, None])
+            grad_logits = (
+                blocks.logits(part, rows).sub_(log_normaliser[part, None]).exp_().mul_(-grad[:, None])
+            )
+            grad_logits.scatter_add_(-1, column, torch.where(is_here, grad, 0.0)[:, None])
             grad_logits = grad_logits.to(hidden.dtype)
-            grad_hidden[part] = grad_logits @ weight
-            if grad_weight.dtype == hidden.dtype:
-                grad_weight.addmm_(grad_logits.t(), hidden[part])
-            else:
-                grad_weight += grad_logits.t() @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+            _add_product(grad_hidden[part], grad_logits, weight[rows])
+            if grad_weight is not None:
+                _add_product(grad_weight.sum[rows], grad_logits.t(), hidden[part])
+        returned = grad_weight.finish() if grad_weight is not None else None
+        return grad_hidden.to(hidden.dtype), returned, None, None, None
 
 
-def _chunks(num_tokens: int, rows: int) -> list[slice]:
-    size = max(1, _LOGITS_PER_CHUNK // max(rows, 1))
-    return [slice(start, min(start + size, num_tokens)) for start in range(0, max(num_tokens, 1), size)]
+class _Blocks:
+    """Yields (tokens, rows) that cover all logits, and forms the logits of one block at a time.
+
+    Args:
+        hidden: [N, H].
+        weight: [V', H]; rows of this rank that are tokens.
+        local: [N] int64; targets as rows of `weight`, out of range where they are another rank's.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, local: Tensor) -> None:
+        self._hidden, self._weight, self._local = hidden, weight, local
+        self._num_tokens = min(max(hidden.shape[0], 1), _TOKENS_PER_BLOCK)
+        self._num_rows = min(max(_LOGITS_PER_BLOCK // self._num_tokens, 1), max(weight.shape[0], 1))
+        self._buffer = hidden.new_empty(self._num_tokens * self._num_rows, dtype=torch.float32)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        for part in _slices(self._hidden.shape[0], self._num_tokens):
+            for rows in _slices(self._weight.shape[0], self._num_rows):
+                yield part, rows
+
+    def logits(self, part: slice, rows: slice) -> Tensor:
+        """[n, r] float32, in memory that the next block overwrites."""
+        hidden, weight = self._hidden[part], self._weight[rows]
+        shape = hidden.shape[0], weight.shape[0]
+        logits = self._buffer[: shape[0] * shape[1]].view(shape)
+        if hidden.dtype == logits.dtype:
+            return torch.mm(hidden, weight.t(), out=logits)
+        return logits.copy_(hidden @ weight.t())
+
+    def targets(self, part: slice, rows: slice) -> tuple[Tensor, Tensor]:
+        """[n] bool, whether a token's target is among `rows`, and [n, 1] int64, which one (or 0)."""
+        column = self._local[part] - rows.start
+        is_here = (column >= 0) & (column < rows.stop - rows.start)
+        return is_here, torch.where(is_here, column, 0)[:, None]
 
 
-def _logits(hidden: Tensor, weight: Tensor, real_rows: int) -> Tensor:
-    """[n, V/TP] float32; rows that only pad the vocabulary are -inf."""
-    logits = (hidden @ weight.t()).float()
-    if real_rows < weight.shape[0]:
-        logits[:, real_rows:] = float("-inf")
-    return logits
+class _WeightGradient:
+    """Where the gradient of a weight is summed, in float32: [V/TP, H] of its own, or its `main_grad`."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self._main_grad: Tensor | None = getattr(weight, "main_grad", None)
+        self.sum = (
+            torch.zeros_like(weight, dtype=torch.float32) if self._main_grad is None else self._main_grad
+        )
+
+    def finish(self) -> Tensor | None:
+        """What autograd gets; of a `main_grad`, a stand-in that Megatron's hook throws away."""
+        if self._main_grad is None:
+            return self.sum.to(self._weight.dtype)
+        self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        if getattr(self._weight, "zero_out_wgrad", False):
+            return None  # an embedding on this stage too: the hook still adds that part
+        # Overlapped reduction wants a gradient; this one has a single number.
+        self._weight.grad = self._weight.new_zeros(()).expand_as(self._weight)
+        return None
 
 
-def _log_normaliser(logits: Tensor, tp_group: Any) -> Tensor:
-    """log sum exp over the whole vocabulary. [n] float32."""
-    maximum = logits.max(dim=-1).values
-    distributed.all_reduce(maximum, op=distributed.ReduceOp.MAX, group=tp_group)
-    total = (logits - maximum[:, None]).exp_().sum(dim=-1)
-    distributed.all_reduce(total, group=tp_group)
-    return maximum + total.log()
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; `total` is float32."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

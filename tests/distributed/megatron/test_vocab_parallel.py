@@ -28,7 +28,8 @@ def _without_logits(
     from nemo_spin.megatron.runtime import initialize
 
     runtime = initialize(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=1, seed=1)
-    vocab_parallel._LOGITS_PER_CHUNK = 40  # several chunks, the last one short
+    vocab_parallel._LOGITS_PER_BLOCK = 20  # several blocks both ways, the last ones short
+    vocab_parallel._TOKENS_PER_BLOCK = 5
     hidden, weight, targets, factors = (tensor.to(runtime.device) for tensor in _case(vocab_size))
     # padding rows hold what no rank may ever look at
     full = torch.full((padded, HIDDEN), 1e4, dtype=dtype, device=runtime.device)

@@ -1,0 +1,1 @@
+"""Measurements of nemo_spin against what would be run in its place: `python -m examples.benchmarks NAME`."""

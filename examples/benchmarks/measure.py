@@ -1,0 +1,109 @@
+"""Runs of alternatives, one after the other and again, and what they say together.
+
+Alternatives take turns (A B A B …), so that a machine that becomes slower does not
+decide between them; ratios are formed within a turn. A run is a process of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Run = dict[str, float]  # what one run measured, by name
+
+
+def take_turns(
+    alternatives: Mapping[str, tuple[Callable[..., Run], tuple[Any, ...]]], repeats: int
+) -> dict[str, list[Run]]:
+    """Runs each (function, arguments) `repeats` times, in turns; functions are pickled by name."""
+    runs: dict[str, list[Run]] = {name: [] for name in alternatives}
+    for _ in range(repeats):
+        for name, (function, arguments) in alternatives.items():
+            runs[name].append(in_a_process(function, *arguments))
+    return runs
+
+
+def in_a_process(function: Callable[..., Run], *arguments: Any) -> Run:
+    """What `function(*arguments)` returns in a new process."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(_quietly, function, *arguments).result()
+
+
+def _quietly(function: Callable[..., Run], *arguments: Any) -> Run:
+    warnings.simplefilter("ignore")  # of Megatron, that Transformer Engine and Apex are not there
+    return function(*arguments)
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Median, extremes and all values."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "values": list(values),
+    }
+
+
+def column(runs: Sequence[Run], name: str) -> list[float]:
+    """One number of each run."""
+    return [run[name] for run in runs]
+
+
+def ratios(one: Sequence[Run], other: Sequence[Run], name: str) -> list[float]:
+    """`name` of one alternative over that of the other, turn by turn."""
+    return [a[name] / b[name] for a, b in zip(one, other, strict=True)]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median and extremes, such as `1.21 (1.19-1.25)`."""
+    low, high = min(values), max(values)
+    text = f"{statistics.median(values):,.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({low:,.{digits}f}-{high:,.{digits}f})"
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table: the first column is a name, the others are numbers."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=140).print(table)
+
+
+class PeakMemory:
+    """The process's resident memory: now, and the most since `reset` (Linux)."""
+
+    @staticmethod
+    def reset() -> None:
+        """Begins anew. Where the kernel refuses, the peak is that of the whole process."""
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            return
+
+    @staticmethod
+    def now() -> int:
+        """Bytes."""
+        return _status("VmRSS")
+
+    @staticmethod
+    def peak() -> int:
+        """Bytes."""
+        return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
