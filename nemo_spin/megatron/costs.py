@@ -26,8 +26,8 @@ GIB = 2**30
 _MAIN = 4  # bytes of a gradient, a main weight and each number of optimizer state: all float32
 _OPTIMIZER_NUMBERS = {"adam": 2, "rmsprop": 1}  # moments kept for each weight
 _BUCKET_ALIGNMENT = 64  # Megatron's distributed optimizer starts each parameter at such a multiple
-_LOGITS_PER_CHUNK = 1 << 24  # of megatron/vocab_parallel.py, whose value a test compares
-_LOGIT_BYTES = 8  # a chunk's logits in float32 and one temporary of their size
+_LOGITS_PER_BLOCK = 1 << 24  # of megatron/vocab_parallel.py, whose value a test compares
+_LOGIT_BYTES = 8  # a block's logits in float32, and what a product in another type adds
 
 # Assumptions of ours; the first measured run on a cluster should replace them.
 RESERVED_GIB = 3.0  # CUDA context, NCCL's buffers, workspaces of libraries
@@ -189,12 +189,12 @@ def scoring_memory(
     """Of a rank that only runs forward: weights, two layers' worth of activations, the head."""
     held = stage_parameters(shape, layout, numerics, stage=stage)
     last = stage == layout.pipeline - 1
-    chunk = _chunk_logits(shape, layout, work, numerics) * _LOGIT_BYTES
+    block = _block_logits(shape, layout, work, numerics) * _LOGIT_BYTES
     chosen = work.slots / layout.context * shape.hidden_size * numerics.bytes_per_number * 3
     return Memory(
         parameters=held.total * numerics.bytes_per_number,
         activations=layer_activation_bytes(shape, layout, work, numerics, recompute="none"),
-        head_and_loss=chunk + chosen if last else 0.0,
+        head_and_loss=block + chosen if last else 0.0,
     )
 
 
@@ -293,26 +293,24 @@ def _prefix_bytes(shape: ModelShape, layout: ParallelLayout, work: Work, numeric
     return units * (keys * numerics.bytes_per_number + masks) / layout.context
 
 
-def _chunk_logits(shape: ModelShape, layout: ParallelLayout, work: Work, numerics: Numerics) -> float:
+def _block_logits(shape: ModelShape, layout: ParallelLayout, work: Work, numerics: Numerics) -> float:
     vocabulary = padded_vocab_size(
         shape.vocab_size, tensor=layout.tensor, multiple=numerics.vocabulary_multiple
     )
-    rows = vocabulary / layout.tensor
-    return rows * min(max(1, _LOGITS_PER_CHUNK // rows), work.slots / layout.context)
+    return min(_LOGITS_PER_BLOCK, vocabulary / layout.tensor * work.slots / layout.context)
 
 
 def head_bytes(shape: ModelShape, layout: ParallelLayout, work: Work, numerics: Numerics) -> float:
-    """The last norm, the chosen hidden states, a chunk of logits and the output weight's gradient.
+    """The last norm, the chosen hidden states, their gradient and a block of logits.
 
-    Logits exist for a chunk of tokens at a time, in float32. At most every position predicts a token.
-    The gradient is summed in float32, then cast; the term of a chunk has the weights' type.
+    Logits exist for a block at a time, in float32. At most every position predicts a token.
+    The gradient of the hidden states is summed in float32; that of the output weight has no
+    bytes here, because it is added to the buffer that `gradients` counts.
     """
-    a, t, h = numerics.bytes_per_number, layout.tensor, shape.hidden_size
+    a, h = numerics.bytes_per_number, shape.hidden_size
     kept = head_activation_bytes(shape, layout, work, numerics, predicting=work.slots)
-    passing = work.slots / layout.context * h * a * (2 if layout.sequence_parallel else 1)
-    rows = padded_vocab_size(shape.vocab_size, tensor=t, multiple=numerics.vocabulary_multiple) / t
-    gradient = rows * h * (_MAIN + (a if a < _MAIN else 0))
-    return kept + passing + _chunk_logits(shape, layout, work, numerics) * _LOGIT_BYTES + gradient
+    passing = work.slots / layout.context * h * (_MAIN + a * (2 if layout.sequence_parallel else 1))
+    return kept + passing + _block_logits(shape, layout, work, numerics) * _LOGIT_BYTES
 
 
 def head_activation_bytes(

@@ -72,3 +72,83 @@ def test_values_and_gradients(
     torch.testing.assert_close(grad_hidden.double(), hidden.grad, rtol=rtol, atol=atol)
     torch.testing.assert_close(grad_weight[:vocab_size].double(), weight.grad, rtol=rtol, atol=atol)
     assert not grad_weight[vocab_size:].any(), "rows that pad the vocabulary get no gradient"
+
+
+def _into_main_grad(dtype: torch.dtype, tied: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two microbatches through Megatron's data parallelism, which reduces while backward runs.
+
+    Returns what the buffer held before and after, and the gradient of one microbatch by autograd.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+    from torch import nn
+
+    from nemo_spin.megatron.runtime import initialize
+    from nemo_spin.megatron.vocab_parallel import logps_without_logits
+
+    runtime = initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1)
+    hidden, weight, targets, factors = (tensor.to(dtype) for tensor in _case(10))
+    targets = targets.long()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(weight.clone())
+            if tied:  # as Megatron marks a weight that is the embedding of its stage too
+                self.weight.zero_out_wgrad = True
+
+        def forward(self) -> torch.Tensor:
+            states = nn.functional.embedding(targets, self.weight) if tied else hidden
+            logps = logps_without_logits(
+                states, self.weight, targets, vocab_size=10, tp_group=runtime.tp_group
+            )
+            return (logps * factors.float()).sum()
+
+    alone = Model()
+    alone().backward()
+    wrapped = DistributedDataParallel(
+        config=TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1),
+        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True),
+        module=Model(),
+    )
+    main_grad = wrapped.module.weight.main_grad
+    main_grad.fill_(64.0)  # float32 holds what is added to it, bfloat16 would not
+    before = main_grad.clone()
+    with wrapped.no_sync():
+        wrapped().backward()
+    wrapped().backward()
+    wrapped.finish_grad_sync()
+    assert main_grad.dtype == torch.float32 and wrapped.module.weight.grad is None
+    assert alone.weight.grad is not None
+    return before, main_grad.clone(), alone.weight.grad
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)], ids=str)
+def test_the_weights_gradient_is_summed_in_megatrons_float32_buffer(
+    dtype: torch.dtype, rtol: float, tied: bool
+) -> None:
+    before, after, gradient = run_ranks(_into_main_grad, 1, dtype, tied)
+    torch.testing.assert_close(after - before, 2 * gradient.float(), rtol=rtol, atol=rtol)
+
+
+def _frozen() -> tuple[torch.Tensor | None, torch.Tensor]:
+    from nemo_spin.megatron.runtime import initialize
+    from nemo_spin.megatron.vocab_parallel import logps_without_logits
+
+    runtime = initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1)
+    hidden, weight, targets, _ = _case(10)
+    hidden, weight = hidden.float().requires_grad_(), weight.float()
+    logps_without_logits(hidden, weight, targets, vocab_size=10, tp_group=runtime.tp_group).sum().backward()
+    assert hidden.grad is not None
+    return weight.grad, hidden.grad
+
+
+def test_a_frozen_weight_has_no_gradient() -> None:
+    weight_grad, grad = run_ranks(_frozen, 1)
+    hidden, weight, targets, _ = _case(10)
+    hidden.requires_grad_()
+    (hidden @ weight.t()).log_softmax(-1).gather(-1, targets[:, None]).sum().backward()
+    assert weight_grad is None
+    assert hidden.grad is not None
+    torch.testing.assert_close(grad.double(), hidden.grad, rtol=1e-5, atol=1e-5)

@@ -66,7 +66,7 @@ def test_constants_are_those_of_the_code() -> None:
     from nemo_spin.megatron import provider, vocab_parallel
     from nemo_spin.megatron.sizes import GPU_VOCABULARY_MULTIPLE
 
-    assert costs._LOGITS_PER_CHUNK == vocab_parallel._LOGITS_PER_CHUNK
+    assert costs._LOGITS_PER_BLOCK == vocab_parallel._LOGITS_PER_BLOCK
     assert GPU_VOCABULARY_MULTIPLE == provider._GPU_VOCABULARY_MULTIPLE
 
 
