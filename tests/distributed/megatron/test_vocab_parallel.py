@@ -87,8 +87,8 @@ def _into_main_grad(dtype: torch.dtype, tied: bool) -> tuple[torch.Tensor, torch
     from nemo_spin.megatron.vocab_parallel import logps_without_logits
 
     runtime = initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1)
-    hidden, weight, targets, factors = (tensor.to(dtype) for tensor in _case(10))
-    targets = targets.long()
+    hidden, weight, targets, factors = (tensor.to(runtime.device) for tensor in _case(10))
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -137,7 +137,7 @@ def _frozen() -> tuple[torch.Tensor | None, torch.Tensor]:
     from nemo_spin.megatron.vocab_parallel import logps_without_logits
 
     runtime = initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1)
-    hidden, weight, targets, _ = _case(10)
+    hidden, weight, targets, _ = (tensor.to(runtime.device) for tensor in _case(10))
     hidden, weight = hidden.float().requires_grad_(), weight.float()
     logps_without_logits(hidden, weight, targets, vocab_size=10, tp_group=runtime.tp_group).sum().backward()
     assert hidden.grad is not None
