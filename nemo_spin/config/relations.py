@@ -12,6 +12,13 @@ from omegaconf import MISSING
 from nemo_spin.config.fp8_rules import FP8_KEYS, fp8_has_what_it_needs
 from nemo_spin.config.loss_rules import loss_is_known_or_a_function, opponent_is_not_mixed_yet
 from nemo_spin.config.mistakes import Mistake, mistake
+from nemo_spin.config.overlap_rules import OVERLAP_KEYS, overlap_has_something_to_overlap
+from nemo_spin.config.pipeline_rules import (
+    PIPELINE_KEYS,
+    interleaving_needs_a_pipeline,
+    uneven_stages_are_meant,
+)
+from nemo_spin.config.recompute_rules import RECOMPUTE_KEYS, recomputation_is_of_one_kind
 from nemo_spin.config.schema import Config
 
 _RANKS = ("trainer.devices", "trainer.num_nodes")
@@ -98,21 +105,6 @@ def _sequence_parallel_needs_tensor_parallel(config: Config) -> list[Mistake]:
             rule="it splits activations over the tensor-parallel ranks, so there must be several",
             remedy="set it to false, or model.tensor_model_parallel_size to 2 or more",
             also=("model.tensor_model_parallel_size",),
-        )
-    ]
-
-
-def _interleaving_needs_a_pipeline(config: Config) -> list[Mistake]:
-    model = config.model
-    if model.virtual_pipeline_model_parallel_size is None or model.pipeline_model_parallel_size > 1:
-        return []
-    return [
-        mistake(
-            "model.virtual_pipeline_model_parallel_size",
-            found=f"{model.virtual_pipeline_model_parallel_size} with model.pipeline_model_parallel_size 1",
-            rule="an interleaved schedule passes several chunks of layers through several stages",
-            remedy="set it to null, or model.pipeline_model_parallel_size to at least 2",
-            also=("model.pipeline_model_parallel_size",),
         )
     ]
 
@@ -314,10 +306,10 @@ RELATIONS: tuple[Relation, ...] = (
         (*_SIZES, *_RANKS, "model.packing", "model.micro_batch_size", "model.global_batch_size"),
         _batches_divide,
     ),
-    Relation(
-        ("model.virtual_pipeline_model_parallel_size", "model.pipeline_model_parallel_size"),
-        _interleaving_needs_a_pipeline,
-    ),
+    Relation(PIPELINE_KEYS, interleaving_needs_a_pipeline),
+    Relation(PIPELINE_KEYS, uneven_stages_are_meant),
+    Relation(RECOMPUTE_KEYS, recomputation_is_of_one_kind),
+    Relation(OVERLAP_KEYS, overlap_has_something_to_overlap),
     Relation(("model.sequence_parallel", _SIZES[0]), _sequence_parallel_needs_tensor_parallel),
     Relation(("model.expert_model_parallel_size", "generation.replicas"), _not_supported_yet),
     Relation(("model.use_distributed_optimizer", "model.optim.name"), _distributed_optimizer_shards_adam),

@@ -54,11 +54,14 @@ RANGES: dict[str, Range] = {
     "model.tensor_model_parallel_size": _COUNT,
     "model.pipeline_model_parallel_size": _COUNT,
     "model.virtual_pipeline_model_parallel_size": Range(low=2, whole=True),
+    "model.num_layers_in_first_pipeline_stage": _COUNT,
+    "model.num_layers_in_last_pipeline_stage": _COUNT,
     "model.context_parallel_size": _COUNT,
     "model.expert_model_parallel_size": _COUNT,
     "model.micro_batch_size": _COUNT,
     "model.micro_batch_tokens": _COUNT,
     "model.global_batch_size": _COUNT,
+    "model.recompute_num_layers": _COUNT,
     "model.optim.weight_decay": Range(low=0),
     "model.optim.eps": _POSITIVE,
     "model.optim.alpha": Range(low=0, below=1),
@@ -116,12 +119,15 @@ LISTS: dict[str, Range] = {
     "generation.stop_token_ids": _FROM_ZERO,
 }
 
+# A name, or a list of such names.
 NAMES: dict[str, tuple[str, ...]] = {
     "model.packing": ("shared_prompt", "pairs", "none"),
     "model.transformer_impl": ("auto", "transformer_engine", "local"),
     "model.fp8": ("hybrid", "e4m3"),
     "model.fp8_recipe": ("tensorwise", "delayed", "blockwise", "mxfp8"),
-    "model.recompute_granularity": ("full",),
+    "model.recompute_granularity": ("selective", "full"),
+    "model.recompute_modules": ("core_attn", "mlp"),
+    "model.recompute_method": ("uniform", "block"),
     "model.optim.name": ("rmsprop", "adam"),
     "model.optim.sched.name": ("linear", "cosine", "constant"),
     "data.format": ("messages", "prompt_response", "spin"),

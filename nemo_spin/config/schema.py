@@ -43,7 +43,11 @@ class ModelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None  # interleaved chunks per rank; null: one
-    context_parallel_size: int = 1
+    num_layers_in_first_pipeline_stage: int | None = None  # null: an equal share, as of the last one
+    num_layers_in_last_pipeline_stage: int | None = None
+    account_for_embedding_in_pipeline_split: bool = False  # it takes a layer's place in the first stage
+    account_for_loss_in_pipeline_split: bool = False  # the head takes one in the last stage
+    context_parallel_size: int = 1  # ranks that share a row's positions
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
     transformer_impl: str = "auto"  # auto | transformer_engine | local
@@ -53,7 +57,12 @@ class ModelConfig:
     micro_batch_tokens: int = 4096  # most token positions of a packed microbatch; a longer unit is alone
     micro_batch_size: int = 4  # pairs per microbatch and data-parallel rank, without packing
     global_batch_size: int = 64  # pairs per optimizer step
-    recompute_granularity: str | None = None  # null | full
+    recompute_granularity: str | None = None  # null | selective | full
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])  # | mlp; selective
+    recompute_method: str = "uniform"  # uniform: all, some at a time | block: the first of a stage; full
+    recompute_num_layers: int = 1  # at a time (uniform), or per stage and chunk (block); full
+    overlap_grad_reduce: bool = False  # sum gradients over replicas during the last backward pass
+    overlap_param_gather: bool = False  # gather the distributed optimizer's weights during a forward pass
     use_distributed_optimizer: bool | None = None  # null: on GPUs with data parallelism and Adam
     optim: OptimConfig = field(default_factory=OptimConfig)
 

@@ -8,6 +8,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from nemo_spin.config.mistakes import Mistake, mistake, mistaken_keys, nearest, raise_together, touches
+from nemo_spin.config.pipeline_rules import layers_fit
+from nemo_spin.config.recompute_rules import recomputation_fits
 from nemo_spin.config.relations import RELATIONS
 from nemo_spin.config.rules import LISTS, NAMES, PER_ITERATION, RANGES, REQUIRED, TEXTS, Range
 from nemo_spin.config.schema import Config
@@ -92,12 +94,6 @@ def check_model_fits(
             "MLP columns",
         ),
         (
-            "model.pipeline_model_parallel_size",
-            model.pipeline_model_parallel_size * (model.virtual_pipeline_model_parallel_size or 1),
-            num_layers,
-            "layers",
-        ),
-        (
             "generation.tensor_parallel_size",
             config.generation.tensor_parallel_size,
             num_attention_heads,
@@ -105,6 +101,8 @@ def check_model_fits(
         ),
     ]
     mistakes = [_does_not_divide(key, size, count, what) for key, size, count, what in splits if count % size]
+    mistakes += layers_fit(config, num_layers)
+    mistakes += recomputation_fits(config, num_layers)
     sampler_size = config.generation.tensor_parallel_size
     if max(num_query_groups, sampler_size) % min(num_query_groups, sampler_size):
         mistakes.append(
@@ -186,8 +184,11 @@ def _out_of_range(key: str, value: Any, allowed: Range) -> Mistake:
 
 def _names(config: Config) -> Iterator[Mistake]:
     for key, known in NAMES.items():
-        value = _value_at(config, key)
-        if value is not None and value not in known:
+        given = _value_at(config, key)
+        values = [] if given is None else given if isinstance(given, list) else [given]
+        for value in values:
+            if value in known:
+                continue
             guess = nearest(value, known)
             yield mistake(
                 key,

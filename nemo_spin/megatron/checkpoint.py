@@ -43,6 +43,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 
 def _sharded_state(engine: Engine, *, is_loading: bool, with_optimizer: bool) -> dict[str, Any]:
+    engine.settle()
     state: dict[str, Any] = {}
     for index, chunk in enumerate(engine.chunks):
         key = "model" if len(engine.chunks) == 1 else f"model{index}"

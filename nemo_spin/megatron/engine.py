@@ -53,6 +53,9 @@ class Engine:
         config = self._config
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss if self.optimizer else None
+        if self._overlaps("overlap_grad_reduce"):  # gradients are sent in the last backward pass only
+            waits = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = waits if len(waits) > 1 else waits[0]
         multiple = row_multiple(
             tp_size=self.runtime.tp_size if config.sequence_parallel else 1,
             cp_size=self.runtime.cp_size,
@@ -93,6 +96,19 @@ class Engine:
             group["lr"] = learning_rate
         _, grad_norm, _ = self.optimizer.step()
         return float(grad_norm) if grad_norm is not None else float(self.optimizer.get_grad_norm())
+
+    def settle(self) -> None:
+        """Completes weights that the next forward pass would gather. All ranks must call.
+
+        Whoever reads weights otherwise than by a forward pass calls it first.
+        """
+        if self._overlaps("overlap_param_gather"):
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    def _overlaps(self, what: str) -> bool:
+        settings = getattr(self.chunks[0], "ddp_config", None)  # None: not wrapped for training
+        return settings is not None and bool(getattr(settings, what))
 
     @torch.no_grad()
     def evaluate(

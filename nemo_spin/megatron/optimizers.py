@@ -28,11 +28,20 @@ def uses_distributed_optimizer(model: ModelConfig, *, dp_size: int) -> bool:
     return torch.cuda.is_available() and dp_size > 1 and model.optim.name == "adam"
 
 
-def wrap_for_training(chunks: list[GPTModel], *, distributed_optimizer: bool) -> list[Any]:
-    """Megatron's data parallelism: gradients accumulate in float32 and are summed at the end of a step."""
+def wrap_for_training(
+    chunks: list[GPTModel], *, distributed_optimizer: bool, model: ModelConfig | None = None
+) -> list[Any]:
+    """Megatron's data parallelism: gradients accumulate in float32 and are summed at the end of a step.
+
+    Args:
+        model: Says whether sending overlaps computing; None: it does not.
+    """
+    overlap_grads = model is not None and model.overlap_grad_reduce
+    overlap_weights = model is not None and model.overlap_param_gather and distributed_optimizer
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=overlap_grads,
+        overlap_param_gather=overlap_weights,
         use_distributed_optimizer=distributed_optimizer,
     )
     wrapped = [

@@ -26,6 +26,7 @@ from nemo_spin.megatron.attention import SegmentAttention
 from nemo_spin.megatron.fp8 import fp8_settings
 from nemo_spin.megatron.norm import RMSNorm
 from nemo_spin.megatron.rope import PositionedRotaryEmbedding, concentration_as_scaling_factor
+from nemo_spin.megatron.stages import pipeline_settings, recompute_settings
 from nemo_spin.megatron.vocab_parallel import withhold_logits
 
 _GPU_VOCABULARY_MULTIPLE = 128  # rows per rank that GPU matrix kernels like
@@ -75,8 +76,6 @@ def transformer_config(
     which is what Megatron's `calculate_per_token_loss` does with any count.
     """
     half = params_dtype == torch.bfloat16
-    recompute = model.recompute_granularity
-    interleaved = model.virtual_pipeline_model_parallel_size is not None
     config = TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -85,18 +84,11 @@ def transformer_config(
         num_query_groups=architecture.num_query_groups,
         kv_channels=architecture.head_dim,
         tensor_model_parallel_size=model.tensor_model_parallel_size,
-        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
         context_parallel_size=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
         pipeline_dtype=params_dtype,
         params_dtype=params_dtype,
         bf16=half,
-        # An interleaved schedule with two stages sends both ways between the same ranks, where
-        # announced lengths would be taken for each other: its microbatches have one shape.
-        variable_seq_lengths=not interleaved,
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
         moe_token_dispatcher_type="alltoall",  # the one that Megatron allows beside it
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_epsilon,
@@ -117,12 +109,9 @@ def transformer_config(
         output_layer_init_method=_leave_uninitialised,
         embedding_init_method=_leave_uninitialised,
         calculate_per_token_loss=True,
-        # gloo sends from the tensor itself: what is on its way to another stage must stay
-        deallocate_pipeline_outputs=torch.cuda.is_available() or not interleaved,
+        **pipeline_settings(model),
+        **recompute_settings(model),
         **fp8_settings(model, transformer_engine=uses_transformer_engine(model.transformer_impl)),
-        recompute_granularity=recompute,
-        recompute_method="uniform" if recompute == "full" else None,
-        recompute_num_layers=1 if recompute == "full" else None,
     )
     scaling = concentration_as_scaling_factor(architecture.rope)
     if scaling is not None:

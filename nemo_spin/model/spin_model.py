@@ -123,7 +123,7 @@ class MegatronGPTSPINModel(ModelPT):
         load_weights(chunks, job.opponent, architecture)
         replicas = self.runtime.dp_size * self.runtime.cp_size
         distributed = uses_distributed_optimizer(job.model, dp_size=replicas)
-        wrapped = wrap_for_training(chunks, distributed_optimizer=distributed)
+        wrapped = wrap_for_training(chunks, distributed_optimizer=distributed, model=job.model)
         optimizer = build_optimizer(
             wrapped, job.optim, lr=job.lr, params_dtype=dtype, distributed=distributed
         )

@@ -61,8 +61,11 @@ def _engine(model_dir: Path, layout: tuple[int, int, int, bool], **model: Any) -
     architecture = architecture_of(model_dir)
     chunks = build_model(architecture, config, params_dtype=torch.float32)
     load_weights(chunks, model_dir, architecture)
-    wrapped = wrap_for_training(chunks, distributed_optimizer=False)
-    optimizer = build_optimizer(wrapped, config.optim, lr=1e-3, params_dtype=torch.float32, distributed=False)
+    sharded = bool(config.use_distributed_optimizer)
+    wrapped = wrap_for_training(chunks, distributed_optimizer=sharded, model=config)
+    optimizer = build_optimizer(
+        wrapped, config.optim, lr=1e-3, params_dtype=torch.float32, distributed=sharded
+    )
     return Engine(wrapped, runtime, architecture.vocab_size, layout_of(config), optimizer), architecture
 
 

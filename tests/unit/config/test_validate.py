@@ -92,7 +92,8 @@ def test_every_single_range_is_enforced(key: str) -> None:
 
 @pytest.mark.parametrize("key", sorted(NAMES))
 def test_every_name_is_enforced(key: str) -> None:
-    message = refused(f"{key}=nonsense")
+    is_list = leaf_types()[key] in (list[str], list[str] | None)
+    message = refused(f"{key}=[nonsense]" if is_list else f"{key}=nonsense")
     assert message.startswith(f"{key}: 'nonsense'")
     assert all(name in message for name in NAMES[key])
 
