@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 from types import ModuleType
 
-from examples.benchmarks import head
+from examples.benchmarks import head, packing
 from examples.benchmarks.machine import machine
 
 # Each has SUMMARY, `add_arguments(parser)` and `run(options)`, which prints and returns its results.
-BENCHMARKS: dict[str, ModuleType] = {"head": head}
+BENCHMARKS: dict[str, ModuleType] = {"head": head, "packing": packing}
 
 
 def main(arguments: list[str] | None = None) -> None:

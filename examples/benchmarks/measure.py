@@ -31,14 +31,14 @@ def take_turns(
     return runs
 
 
-def in_a_process(function: Callable[..., Run], *arguments: Any) -> Run:
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What `function(*arguments)` returns in a new process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as process:
         return process.submit(_quietly, function, *arguments).result()
 
 
-def _quietly(function: Callable[..., Run], *arguments: Any) -> Run:
+def _quietly(function: Callable[..., Any], *arguments: Any) -> Any:
     warnings.simplefilter("ignore")  # of Megatron, that Transformer Engine and Apex are not there
     return function(*arguments)
 
