@@ -79,6 +79,18 @@ class Units:
             number = number + np.diff(self._first_rows)
         return np.stack([self._prompts.lengths()[first], responses, number], axis=1)
 
+    def attended_pairs(self) -> np.ndarray:
+        """[units] int64: pairs of a query and a key it sees, each unit's prompt computed once.
+
+        A causal run of n tokens has n (n + 1) / 2 of them; a response also sees its prompt's m keys.
+        """
+        first = self._first_rows[:-1]
+        prompts = self._prompts.lengths()
+        seen: np.ndarray = _causal(prompts[first]) + _causal(self._real.lengths(), prompts)[first]
+        if self._generated is not None and self.num_rows:
+            seen = seen + np.add.reduceat(_causal(self._generated.lengths(), prompts), first)
+        return seen
+
 
 class _ListColumn:
     """A column of lists, without copies."""
@@ -95,6 +107,12 @@ class _ListColumn:
     def lengths(self) -> np.ndarray:
         lengths: np.ndarray = np.diff(self._offsets).astype(np.int64)
         return lengths
+
+
+def _causal(lengths: np.ndarray, prefixes: np.ndarray | int = 0) -> np.ndarray:
+    """Pairs that causal runs see, each after a prefix that all of its tokens see."""
+    pairs: np.ndarray = lengths * (lengths + 1) // 2 + lengths * prefixes
+    return pairs
 
 
 def _first_rows(table: pa.Table) -> np.ndarray:

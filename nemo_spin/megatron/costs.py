@@ -346,9 +346,14 @@ class Flops:
     head: float
 
     @property
+    def total(self) -> float:
+        """Of the forward pass."""
+        return self.layers + self.attention + self.head
+
+    @property
     def training(self) -> float:
         """Needed by a step: the backward pass has two products for each of the forward pass [M]."""
-        return 3 * (self.layers + self.attention + self.head)
+        return 3 * self.total
 
 
 def layer_matmul_parameters(shape: ModelShape) -> float:

@@ -7,7 +7,7 @@ numbers back; every method is collective: all ranks must call it, in the same or
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from nemo_spin.data.datasets import Units
 from nemo_spin.data.packing import Layout, Microbatch, of_one_shape
 from nemo_spin.megatron.forward_step import ForwardStep, LossFunction, row_logps
 from nemo_spin.megatron.fp8 import row_alignment
+from nemo_spin.megatron.meter import Meter
 from nemo_spin.megatron.runtime import Runtime
 
 
@@ -41,6 +42,7 @@ class Engine:
         vocab_size: Size of the vocabulary without padding.
         layout: How units become microbatches.
         optimizer: Needed by `backward` and `update` only.
+        meter: Times the collating of microbatches and counts their positions.
     """
 
     chunks: list[Any]
@@ -48,6 +50,7 @@ class Engine:
     vocab_size: int
     layout: Layout
     optimizer: MegatronOptimizer | None = None
+    meter: Meter = field(default_factory=Meter)
 
     def __post_init__(self) -> None:
         config = self._config
@@ -141,20 +144,22 @@ class Engine:
     def _run(
         self, units: Units, indices: np.ndarray, *, loss: LossFunction | None, forward_only: bool
     ) -> list[Any]:
-        microbatches = self.layout.microbatches(
-            units, np.asarray(indices), dp_rank=self.runtime.dp_rank, dp_size=self.runtime.dp_size
-        )
-        interleaved = len(self.chunks) > 1
-        if interleaved:  # its schedule takes whole groups of microbatches
-            microbatches += [[-1]] * (-len(microbatches) % self.runtime.pp_size)
-        collated: Iterable[Microbatch] = (self.layout.collate(units, chosen) for chosen in microbatches)
-        rows, length = 1, 1  # lengths vary from microbatch to microbatch and travel with the tensors
-        if interleaved:
-            collated = of_one_shape(list(collated))
-            rows, length = collated[0].input_ids.shape
+        with self.meter.collating():
+            microbatches = self.layout.microbatches(
+                units, np.asarray(indices), dp_rank=self.runtime.dp_rank, dp_size=self.runtime.dp_size
+            )
+            interleaved = len(self.chunks) > 1
+            if interleaved:  # its schedule takes whole groups of microbatches
+                microbatches += [[-1]] * (-len(microbatches) % self.runtime.pp_size)
+            collated: Iterable[Microbatch] = (self.layout.collate(units, chosen) for chosen in microbatches)
+            rows, length = 1, 1  # lengths vary from microbatch to microbatch and travel with the tensors
+            if interleaved:
+                collated = of_one_shape(list(collated))
+                rows, length = collated[0].input_ids.shape
         for chunk in self.chunks:
             chunk.train(not forward_only)
-        data = [self._shares(collated) for _ in self.chunks]
+        shares = [self._shares(collated) for _ in self.chunks]
+        data = [self.meter.watch(each, counts=chunk == 0) for chunk, each in enumerate(shares)]
         outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=ForwardStep(loss, self.vocab_size, self.runtime),
             data_iterator=data if interleaved else data[0],

@@ -35,6 +35,8 @@ SPIN_SUMS = (
     "policy_generated_logps",
     "opponent_real_logps",
     "opponent_generated_logps",
+    "real_rewards",
+    "generated_rewards",
     "real_tokens",
     "generated_tokens",
 )
@@ -69,6 +71,7 @@ def spin_loss(microbatch: Microbatch, logps: Tensor, *, objective: Objective) ->
         (margins > 0).float(),
         margins,
         *pairs,
+        *objective.rewards(pairs, lengths),
         *lengths,
     ]
     # `where` and not only a product: the loss of a ghost may overflow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from pathlib import Path
@@ -14,7 +13,8 @@ from nemo.utils.exp_manager import exp_manager
 from nemo_spin.data.progress import Progress
 from nemo_spin.megatron.checkpoint import latest_checkpoint
 from nemo_spin.megatron.runtime import Runtime
-from nemo_spin.model.callbacks import MetricsFile, SaveCheckpoints
+from nemo_spin.model.callbacks import SaveCheckpoints
+from nemo_spin.model.metrics_file import MetricsFile
 from nemo_spin.model.settings import TrainingJob
 from nemo_spin.model.spin_model import MegatronGPTSPINModel
 from nemo_spin.model.strategy import MegatronCheckpointIO, MegatronStrategy
@@ -30,7 +30,15 @@ class _Policy(MegatronGPTSPINModel):
         self.trainer.strategy.checkpoint_io.engine = self.engine
 
 
-def fit(job: TrainingJob, *, runtime: Runtime, devices: int, num_nodes: int, progress: Progress) -> Path:
+def fit(
+    job: TrainingJob,
+    *,
+    runtime: Runtime,
+    devices: int,
+    num_nodes: int,
+    progress: Progress,
+    started: float,
+) -> Path:
     """Trains, resuming from the newest complete checkpoint. All ranks must call.
 
     Args:
@@ -38,6 +46,7 @@ def fit(job: TrainingJob, *, runtime: Runtime, devices: int, num_nodes: int, pro
         runtime: This rank's place; process groups are joined.
         devices, num_nodes: Ranks per node, and nodes.
         progress: Told of every step; only the first rank's is shown.
+        started: `time.monotonic()` when this process began; the time until the first step is reported.
 
     Returns:
         The checkpoint after the last optimizer step.
@@ -48,7 +57,9 @@ def fit(job: TrainingJob, *, runtime: Runtime, devices: int, num_nodes: int, pro
     """
     warnings.filterwarnings("ignore", module="lightning")
     saver = SaveCheckpoints(job.checkpoint_directory, job.save_interval)
-    metrics = MetricsFile(job.metrics_path, progress, job.log_every_n_steps)
+    metrics = MetricsFile(
+        job.metrics_path, progress, log_every_n_steps=job.log_every_n_steps, started=started
+    )
     strategy = MegatronStrategy(runtime, MegatronCheckpointIO())
     check_every = job.val_check_interval
     trainer = Trainer(
@@ -78,8 +89,10 @@ def fit(job: TrainingJob, *, runtime: Runtime, devices: int, num_nodes: int, pro
     if resume is not None:
         progress.note(f"resuming from {resume.name}")
     trainer.fit(model, ckpt_path=resume)
-    metrics.write_heldout(trainer, model.evaluate_heldout())
-    return saver.save_last(trainer)
+    model.validation_step()
+    last = saver.save_last(trainer)
+    metrics.finish(trainer, model)
+    return last
 
 
 def _loggers(job: TrainingJob) -> dict[str, Any]:
@@ -91,39 +104,3 @@ def _loggers(job: TrainingJob) -> dict[str, Any]:
         "seconds_to_sleep": 0,
         **job.exp_manager,
     }
-
-
-def summary(metrics_path: Path) -> dict[str, float]:
-    """The numbers of a finished training worth a line: its last tenth of steps, and held-out rows.
-
-    Returns:
-        `steps`, `first_loss`, means of the last tenth (at least one step) under their own
-        names, and the last held-out evaluation's under `heldout_`.
-    """
-    lines = [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if line["split"] == "train"]
-    heldout = [line for line in lines if line["split"] == "heldout"]
-    result: dict[str, float] = {"steps": len(steps)}
-    if steps:
-        result["first_loss"] = steps[0]["loss"]
-        last = steps[-max(1, len(steps) // 10) :]
-        for name in _SUMMARISED:
-            if name in last[0]:
-                result[name] = sum(line[name] for line in last) / len(last)
-    if heldout:
-        result.update({f"heldout_{k}": heldout[-1][k] for k in _SUMMARISED if k in heldout[-1]})
-    return result
-
-
-_SUMMARISED = (
-    "loss",
-    "margin",
-    "accuracy",
-    "policy_real_logps",
-    "policy_generated_logps",
-    "opponent_real_logps",
-    "opponent_generated_logps",
-    "policy_real_logps_per_token",
-    "policy_generated_logps_per_token",
-    "grad_norm",
-)

@@ -31,7 +31,8 @@ class MegatronOptimizerAdapter(torch.optim.Optimizer):
         result = closure() if closure is not None else None
         rate = self._learning_rate()
         self.param_groups[0]["lr"] = rate
-        self.grad_norm = self._engine.update(rate)
+        with self._engine.meter.phase("optimizer"):
+            self.grad_norm = self._engine.update(rate)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -9,7 +9,6 @@ would have seen.
 from __future__ import annotations
 
 import math
-import time
 from functools import cached_property, partial
 from typing import Any
 
@@ -26,11 +25,15 @@ from nemo_spin.errors import GateError, explain
 from nemo_spin.megatron.engine import Engine, layout_of
 from nemo_spin.megatron.forward_step import SFT_SUMS, SPIN_SUMS, LossFunction, sft_loss, spin_loss, summarise
 from nemo_spin.megatron.learning_rate import learning_rate
+from nemo_spin.megatron.meter import Meter
 from nemo_spin.megatron.optimizers import build_optimizer, uses_distributed_optimizer, wrap_for_training
 from nemo_spin.megatron.provider import build_model
 from nemo_spin.megatron.runtime import Runtime
+from nemo_spin.megatron.sizes import shape_of
+from nemo_spin.megatron.throughput import Throughput
 from nemo_spin.model.optimizer import MegatronOptimizerAdapter
 from nemo_spin.model.settings import TrainingJob
+from nemo_spin.model.telemetry import COMPUTING, Telemetry
 from nemo_spin.objective.objective import build_objective
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
@@ -64,6 +67,8 @@ class MegatronGPTSPINModel(ModelPT):
         self.runtime = runtime
         self.engine: Engine | None = None
         self.last_metrics: dict[str, float] = {}
+        self.last_heldout_metrics: dict[str, float] = {}
+        self._telemetry: Telemetry
         self._heldout: Units | None = None
         self._units: Units
         self._adapter: MegatronOptimizerAdapter
@@ -128,6 +133,10 @@ class MegatronGPTSPINModel(ModelPT):
             wrapped, job.optim, lr=job.lr, params_dtype=dtype, distributed=distributed
         )
         self.engine = Engine(wrapped, self.runtime, architecture.vocab_size, layout_of(job.model), optimizer)
+        throughput = Throughput(
+            shape_of(architecture), self.runtime, precision=job.precision, model=job.model
+        )
+        self._telemetry = Telemetry(self._units, throughput, meter=self.engine.meter, runtime=self.runtime)
 
     def configure_optimizers(self) -> MegatronOptimizerAdapter:
         """Megatron's optimizer, which sets each step's learning rate itself."""
@@ -160,15 +169,15 @@ class MegatronGPTSPINModel(ModelPT):
     def training_step(self, batch: Any, batch_idx: int = 0) -> torch.Tensor:
         """Forward and backward of one global batch, over all microbatches and stages."""
         assert self.engine is not None, "configure_model comes first"
-        start, step = time.monotonic(), self.trainer.global_step
-        sums = self.engine.backward(
-            self._units, self.batches.indices(step), loss=self.loss_function, names=self._names
-        )
+        step = self.trainer.global_step
+        with self.meter.phase(COMPUTING):
+            sums = self.engine.backward(
+                self._units, self.batches.indices(step), loss=self.loss_function, names=self._names
+            )
         self.last_metrics = summarise(sums)
         self._check_first_loss(step)
         tokens = sums["real_tokens"] + sums.get("generated_tokens", 0.0)
-        seconds = time.monotonic() - start
-        self.last_metrics.update(step=step, response_tokens=tokens, forward_backward_seconds=seconds)
+        self.last_metrics.update(step=step, response_tokens=tokens)
         return torch.tensor(self.last_metrics["loss"])
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
@@ -177,15 +186,30 @@ class MegatronGPTSPINModel(ModelPT):
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """The engine clears gradients before it computes new ones."""
 
-    def step_metrics(self) -> dict[str, float]:
-        """What the step just made looked like, on every rank."""
+    @property
+    def meter(self) -> Meter:
+        """Where the time goes."""
+        assert self.engine is not None, "configure_model comes first"
+        return self.engine.meter
+
+    def restart_clock(self) -> None:
+        """What passed until now belongs to no step."""
+        self._telemetry.closing()
+
+    def step_metrics(self) -> dict[str, float | None]:
+        """What the step just made looked like, and how fast it was. All ranks must call, once."""
         return {
             **self.last_metrics,
             "grad_norm": self._adapter.grad_norm,
             "lr": self._adapter.param_groups[0]["lr"],
+            **self._telemetry.step(self.batches.indices(int(self.last_metrics["step"]))),
         }
 
-    def validation_step(self, batch: Any, batch_idx: int = 0) -> None:
+    def closing_metrics(self) -> dict[str, float | None]:
+        """Where the time after the last step went. All ranks must call."""
+        return self._telemetry.closing()
+
+    def validation_step(self, batch: Any = None, batch_idx: int = 0) -> None:
         """Evaluates all held-out rows."""
         self.last_heldout_metrics = self.evaluate_heldout()
 
@@ -197,12 +221,13 @@ class MegatronGPTSPINModel(ModelPT):
         assert self.engine is not None, "configure_model comes first"
         if self._heldout is None:
             return {}
-        sums = self.engine.evaluate(
-            self._heldout,
-            batch_units=_EVALUATION_UNITS * self.runtime.dp_size,
-            loss=self.loss_function,
-            names=self._names,
-        )
+        with self.meter.phase("evaluation"):
+            sums = self.engine.evaluate(
+                self._heldout,
+                batch_units=_EVALUATION_UNITS * self.runtime.dp_size,
+                loss=self.loss_function,
+                names=self._names,
+            )
         return summarise(sums)
 
     def _check_first_loss(self, step: int) -> None:

@@ -45,13 +45,14 @@ class MegatronCheckpointIO(CheckpointIO):
         assert self.engine is not None, "the model is built before it is saved"
         kept = ("epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks")
         common = {name: _plain(checkpoint[name]) for name in kept if name in checkpoint}
-        save_checkpoint(
-            self.engine,
-            Path(path).parent,
-            step=int(checkpoint["global_step"]),
-            common=common,
-            keep=self._keep,
-        )
+        with self.engine.meter.phase("checkpoint"):
+            save_checkpoint(
+                self.engine,
+                Path(path).parent,
+                step=int(checkpoint["global_step"]),
+                common=common,
+                keep=self._keep,
+            )
 
     def load_checkpoint(self, path: str | Path, map_location: Any | None = None) -> dict[str, Any]:
         """All ranks must call. Restores weights and optimizer; returns the loops' state."""

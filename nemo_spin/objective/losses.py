@@ -42,9 +42,29 @@ def margin(logps: PairLogps, beta: float) -> Tensor:
     Returns:
         [pairs], dtype of the policy's log-probabilities.
     """
-    real_gain = logps.policy_real - logps.opponent_real
-    generated_gain = logps.policy_generated - logps.opponent_generated
+    real_gain, generated_gain = gains(logps)
     return beta * (real_gain - generated_gain)
+
+
+def gains(logps: PairLogps) -> tuple[Tensor, Tensor]:
+    """The policy's gain over its opponent on the real and on the generated response, in nats.
+
+    Returns:
+        Each [pairs], dtype of the policy's log-probabilities.
+    """
+    return logps.policy_real - logps.opponent_real, logps.policy_generated - logps.opponent_generated
+
+
+def rewards(logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
+    """The implicit rewards r = beta (log p_theta - log p_theta_t) of the real and the generated response.
+
+    The margin is their difference (section 4 of arXiv 2401.01335; Rafailov et al., arXiv 2305.18290).
+
+    Returns:
+        Each [pairs], dtype of the policy's log-probabilities.
+    """
+    real_gain, generated_gain = gains(logps)
+    return beta * real_gain, beta * generated_gain
 
 
 def logistic(margin: Tensor) -> Tensor:

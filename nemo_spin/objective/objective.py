@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nemo_spin.objective.losses import LOSSES, Loss, PairLogps, margin
+from nemo_spin.objective.losses import LOSSES, Loss, PairLogps, margin, rewards
 from nemo_spin.objective.neighbours import NEIGHBOURS, PairLoss
 from nemo_spin.objective.options import (
     BaseLogps,
@@ -63,6 +63,17 @@ class Objective:
             [pairs], without gradient.
         """
         return margin(self._compared(logps, lengths, base), self.beta).detach()
+
+    def rewards(
+        self, logps: PairLogps, lengths: PairLengths, base: BaseLogps | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The implicit rewards of both responses; the margin is their difference.
+
+        Returns:
+            Real and generated, each [pairs], without gradient.
+        """
+        real, generated = rewards(self._compared(logps, lengths, base), self.beta)
+        return real.detach(), generated.detach()
 
     def at_start(self, logps: PairLogps, lengths: PairLengths, base: BaseLogps | None = None) -> Tensor:
         """What the losses of these pairs were while the policy was still its opponent.

@@ -57,7 +57,7 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def _derived(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line, with the opponent's log-probabilities per token and the speed."""
+    """The numbers of a line, with the opponent's log-probabilities per token."""
     numbers = {key: float(value) for key, value in row.items() if _is_number(value)}
     for kind in ("real", "generated"):
         logps, tokens = numbers.get(f"opponent_{kind}_logps"), numbers.get(f"{kind}_tokens")
@@ -67,9 +67,6 @@ def _derived(row: Mapping[str, Any]) -> dict[str, float]:
         opponent = numbers.get(f"opponent_{kind}_logps_per_token")
         if policy is not None and opponent is not None:
             numbers[f"{kind}_gain_per_token"] = policy - opponent
-    seconds = numbers.get("forward_backward_seconds")
-    if seconds and "response_tokens" in numbers:
-        numbers["tokens_per_second"] = numbers["response_tokens"] / seconds
     return numbers
 
 

@@ -23,12 +23,14 @@ class IterationResults:
     Attributes:
         training: The last steps' means and, under `heldout_…`, the held-out metrics.
         generated: The counts of generate.
+        scored: The counts of score.
         evaluation: Of theta_{t+1}: `sampled` and `greedy`, each a mapping of numbers.
         seconds: Stage -> how long it took, earlier attempts included.
     """
 
     training: dict[str, Any] = field(default_factory=dict)
     generated: dict[str, Any] = field(default_factory=dict)
+    scored: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -39,6 +41,7 @@ def iteration_results(run: RunDirectory, iteration: int) -> IterationResults:
     return IterationResults(
         training=_counts(files.train),
         generated=_counts(files.generated),
+        scored=_counts(files.scored),
         evaluation=read_evaluation(files.evaluation_path),
         seconds=stage_seconds(run, iteration),
     )

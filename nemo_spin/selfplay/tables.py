@@ -43,6 +43,22 @@ def show_iteration(screen: Screen, run: RunDirectory, iteration: int) -> None:
     if results.seconds:
         times = "  ".join(f"{stage} {duration(seconds)}" for stage, seconds in results.seconds.items())
         screen.show(f"  {times}\n")
+    speed = _speed(results)
+    if speed:
+        screen.show(f"  {speed}\n")
+
+
+def _speed(results: IterationResults) -> str:
+    """How fast an iteration was, in a line; empty where nothing is known."""
+    training = results.training
+    known = (
+        ("score {:,.0f} tokens/s", number(results.scored, "tokens_per_second")),
+        ("train {:,.0f} tokens/s", number(training, "tokens_per_second")),
+        ("{:.1%} of the peak", number(training, "peak_share")),
+        ("both {:,.1f} pairs/s", number(training, "pairs_per_second_with_scoring")),
+        ("memory {:.1f} GiB", number(training, "peak_memory_gib")),
+    )
+    return "  ".join(text.format(value) for text, value in known if value is not None)
 
 
 def shown(value: float | None) -> str:
@@ -120,6 +136,7 @@ _COLUMNS = {
     "accuracy": _Column(_of("training", "heldout_accuracy")),
     "real log-prob": _Column(_of("training", "heldout_policy_real_logps")),
     "generated log-prob": _Column(_of("training", "heldout_policy_generated_logps")),
+    "pairs/s": _Column(_of("training", "pairs_per_second_with_scoring")),
     "time": _Column(_seconds, _time),
 }
 

@@ -12,10 +12,13 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 from nemo_spin.data.progress import Progress, ProgressFile, SilentProgress
 from nemo_spin.errors import NemoSpinError
+
+_STARTED = time.monotonic()  # before Megatron and NeMo are imported, which is reported as well
 
 PROGRESS_VARIABLE = "NEMO_SPIN_PROGRESS"
 
@@ -73,6 +76,7 @@ def _run(options: argparse.Namespace, progress: Progress) -> None:
         runtime=runtime,
         progress=progress,
         inputs=json.loads(options.inputs.read_text(encoding="utf-8")),
+        started=_STARTED,
     )
     module, _, function = STAGES[options.stage].partition(":")
     getattr(importlib.import_module(module), function)(context)

@@ -142,5 +142,29 @@ function timeSection(section, report) {
         return el('tr', null, el('td', null, row.label), stages.map((stage) => el('td', null,
           times[stage] ? duration(times[stage].seconds) : '–',
           times[stage]?.attempts > 1 ? el('span', { class: 'quiet small' }, ` (${times[stage].attempts} attempts)`) : null)), el('td', null, el('b', null, duration(row.total))));
-      }))))));
+      }))))));  throughput(section, report);
+}
+
+const PHASES = [['setup', 'start'], ['data', 'data'], ['forward_backward', 'forward and backward'], ['optimizer', 'optimizer'],
+  ['checkpoint', 'checkpoints'], ['evaluation', 'evaluation'], ['logging', 'logging']];
+
+function throughput(section, report) {
+  const parts = report.runs.flatMap((run) => run.parts.map((part) => ({ run, ...part })));
+  const rows = [
+    ['scoring: needed tokens per second', (part) => part.scored.tokens_per_second, whole],
+    ['training: needed tokens per second', (part) => part.training.tokens_per_second, whole],
+    ['pairs per second, of scoring and training together', (part) => part.training.pairs_per_second_with_scoring, number],
+    ['scoring: needed TFLOP/s of each device', (part) => part.scored.model_tflops, number],
+    ['training: needed TFLOP/s of each device', (part) => part.training.model_tflops, number],
+    ['training: share of the device’s peak', (part) => part.training.peak_share, share],
+    ['training: token slots that were needed', (part) => part.training.useful_share, share],
+    ['training: prompt tokens saved by sharing', (part) => part.training.saved_prompt_tokens, whole],
+    ['training: peak memory, GiB', (part) => part.training.peak_memory_gib, number],
+    ...PHASES.map(([name, title]) => [`training: ${title}`, (part) => part.training[`${name}_seconds`], duration]),
+  ].filter(([, read]) => parts.some((part) => isNumber(read(part))));
+  if (!rows.length) return;
+  section.append(el('div', { class: 'card scroll', style: { 'margin-top': '.9rem' } }, el('table', { id: 'throughput-table' },
+    el('thead', null, el('tr', null, el('th', null, ''), parts.map((part) => el('th', null, report.runs.length > 1 ? `${part.run.name}, ${part.label}` : part.label)))),
+    el('tbody', null, rows.map(([title, read, format]) => el('tr', null, el('td', null, title),
+      parts.map((part) => el('td', null, format(read(part))))))))));
 }

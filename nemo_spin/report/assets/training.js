@@ -12,14 +12,21 @@ const CURVES = [
     about: 'Policy less opponent. If the real responses fall below 0, the policy is leaving the demonstrations.',
     keys: ['real_gain_per_token', 'generated_gain_per_token'],
   },
+  {
+    title: 'Rewards', zero: true, keys: ['real_rewards', 'generated_rewards'],
+    about: 'Beta times the gain over the opponent, of whole responses. The margin is their difference.',
+  },
   { title: 'Accuracy', keys: ['accuracy'], range: [0, 1], about: 'Share of pairs with a positive margin.' },
   { title: 'Gradient norm', keys: ['grad_norm'], mayBeLog: true, about: 'Before clipping.' },
   { title: 'Learning rate', keys: ['lr'] },
-  { title: 'Speed', unit: 'response tokens per second', keys: ['tokens_per_second'] },
+  {
+    title: 'Speed', unit: 'needed tokens per second', keys: ['tokens_per_second'],
+    about: 'Prompts once, and responses, over all the time between two steps: loading, saving and evaluating included.',
+  },
 ];
 const KNOWN = new Set([
   ...CURVES.flatMap((curve) => curve.keys), 'step', 'units', 'start_loss', 'real_tokens', 'generated_tokens', 'response_tokens',
-  'forward_backward_seconds', 'policy_real_logps', 'policy_generated_logps', 'opponent_real_logps',
+  'pairs', 'policy_real_logps', 'policy_generated_logps', 'opponent_real_logps',
   'opponent_generated_logps', 'opponent_real_logps_per_token', 'opponent_generated_logps_per_token',
 ]);
 const KINDS = ['real', 'generated'];

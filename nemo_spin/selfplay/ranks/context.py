@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class StageContext:
         runtime: This rank's place; process groups are joined.
         progress: Followed by the command on the user's terminal; silent on other ranks.
         inputs: What the parent says the stage's result depends on, for its manifest.
+        started: `time.monotonic()` when this process began.
     """
 
     config: Config
@@ -40,6 +42,7 @@ class StageContext:
     runtime: Runtime
     progress: Progress
     inputs: dict[str, Any]
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def here(self) -> IterationDirectory:

@@ -7,9 +7,9 @@ held in memory later.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,13 @@ from nemo_spin.errors import GateError, explain
 from nemo_spin.megatron.engine import Engine
 from nemo_spin.megatron.runtime import first_rank_writes
 from nemo_spin.selfplay.ranks.context import StageContext
+from nemo_spin.selfplay.ranks.score_metrics import (
+    FORWARD,
+    METRICS_NAME,
+    WRITING,
+    ScoreMetrics,
+    score_summary,
+)
 
 # Mean absolute difference, nats per token, between what the sampler says it drew with
 # and what Megatron computes. Both run the same weights in the same precision; measured
@@ -39,19 +46,21 @@ def score(context: StageContext) -> None:
     Raises:
         GateError: The sampler drew from another model than the one that is trained.
     """
-    engine, _ = context.build_engine(
+    engine, architecture = context.build_engine(
         context.here.opponent,
         lambda chunks, architecture: load_weights(chunks, context.here.opponent, architecture),
     )
     sources = _sources(context)
     _start(context)
     total = sum(pq.read_metadata(path).num_rows for _, path in sources)
-    gate = SamplerGate(context)
+    gate, metrics = SamplerGate(context), ScoreMetrics(context, engine, architecture)
+    metrics.begin()
     done = 0
     for name, path in sources:
         target = context.here.scored / name
         if not target.exists():
-            _score_shard(context, engine, path, target, report=partial(_report, context, done, total))
+            units = _score_shard(context, engine, path, target, report=partial(_report, context, done, total))
+            metrics.finished(name, units)
         table = pq.read_table(target, partitioning=None)
         done += table.num_rows
         gate.add(table)
@@ -64,7 +73,11 @@ def score(context: StageContext) -> None:
                 stage="score",
                 files=[name for name, _ in sources],
                 inputs=context.inputs,
-                counts={"pairs": total, **gate.counts()},
+                counts={
+                    "pairs": total,
+                    **gate.counts(),
+                    **score_summary(context.here.scored / METRICS_NAME),
+                },
             )
 
 
@@ -93,7 +106,7 @@ def _start(context: StageContext) -> None:
             text = request.read_text(encoding="utf-8") if request.exists() else None
             write_json(request, context.inputs)
             if text != request.read_text(encoding="utf-8"):
-                for path in directory.glob("*.parquet"):
+                for path in [*directory.glob("*.parquet"), *directory.glob(METRICS_NAME)]:
                     path.unlink()
 
 
@@ -101,16 +114,20 @@ def _report(context: StageContext, before: int, total: int, done: int) -> None:
     context.progress.update(before + done, total, "pair")
 
 
-def _score_shard(context: StageContext, engine: Engine, source: Path, target: Path, *, report: Any) -> None:
+def _score_shard(
+    context: StageContext, engine: Engine, source: Path, target: Path, *, report: Callable[[int], None]
+) -> Units:
+    """Scores one file of generations; returns what was scored. All ranks must call."""
     table = pq.read_table(source, partitioning=None)
     units = Units(table)
     by_length = np.argsort(engine.layout.unit_tokens(units, np.arange(units.num_units)), kind="stable")
     size = context.runtime.dp_size * _UNITS_PER_CALL
     logps: dict[int, tuple[float, float]] = {}
     for start in range(0, units.num_units, size):
-        logps.update(engine.score(units, by_length[start : start + size]))
+        with engine.meter.phase(FORWARD):
+            logps.update(engine.score(units, by_length[start : start + size]))
         report(len(logps))
-    with first_rank_writes(context.runtime) as writes:
+    with engine.meter.phase(WRITING), first_rank_writes(context.runtime) as writes:
         if writes:
             scored = [logps[row] for row in range(table.num_rows)]
             for index, kind in enumerate(("real", "generated")):
@@ -118,6 +135,7 @@ def _score_shard(context: StageContext, engine: Engine, source: Path, target: Pa
                 table = table.append_column(f"opponent_{kind}_logps", values)
             with atomic_path(target) as partial_path:
                 pq.write_table(table.cast(SCORED), partial_path)
+    return units
 
 
 class SamplerGate:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from nemo_spin.config.iterations import at_iteration
 from nemo_spin.config.schema import SpinConfig
-from nemo_spin.data.files import write_manifest
+from nemo_spin.data.files import read_manifest, write_manifest
 from nemo_spin.megatron.runtime import first_rank_writes
 from nemo_spin.selfplay.ranks.context import StageContext
 
@@ -35,9 +36,20 @@ def _objective(spin: SpinConfig, iteration: int) -> dict[str, Any]:
     }
 
 
+def _with_scoring(counts: dict[str, Any], scored: Path) -> dict[str, Any]:
+    """Adds pairs per second of scoring and training together: the opponent's values cost time too."""
+    manifest = read_manifest(scored)
+    seconds = manifest.counts.get("score_seconds") if manifest else None
+    if seconds is None or not counts.get("pairs"):
+        return counts
+    together = counts["pairs"] / (seconds + counts["train_seconds"])
+    return {**counts, "score_seconds": seconds, "pairs_per_second_with_scoring": together}
+
+
 def _fit(context: StageContext, *, objective: str) -> None:
-    from nemo_spin.model.fit import fit, summary  # 15 seconds of imports that scoring does not need
+    from nemo_spin.model.fit import fit  # 15 seconds of imports that scoring does not need
     from nemo_spin.model.settings import TrainingJob
+    from nemo_spin.model.summary import summary
 
     config, here = context.config, context.here
     iteration = 0 if context.iteration is None else context.iteration
@@ -68,6 +80,7 @@ def _fit(context: StageContext, *, objective: str) -> None:
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
         progress=context.progress,
+        started=context.started,
     )
     with first_rank_writes(context.runtime) as writes:
         if writes:
@@ -77,5 +90,5 @@ def _fit(context: StageContext, *, objective: str) -> None:
                 stage="train" if self_play else "sft",
                 files=files,
                 inputs=context.inputs,
-                counts=summary(here.metrics_path),
+                counts=_with_scoring(summary(here.metrics_path), here.scored),
             )

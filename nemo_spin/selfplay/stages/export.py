@@ -71,4 +71,4 @@ class ImportStage(Stage):
 
     def describe(self, manifest: Manifest) -> str:
         """See `Stage`."""
-        return describe_counts(manifest) or str(self.directory)
+        return describe_counts(manifest.counts) or str(self.directory)

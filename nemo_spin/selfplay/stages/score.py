@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from nemo_spin.data.progress import Progress
 from nemo_spin.selfplay.stages.generate import GenerateStage
 from nemo_spin.selfplay.stages.opponent import link_opponent, opponent_sha256
 from nemo_spin.selfplay.stages.stage import Stage
+
+_SHOWN = ("pairs", "sampler_difference", "tokens_per_second")
 
 
 class ScoreStage(Stage):
@@ -52,14 +55,14 @@ class ScoreStage(Stage):
 
     def describe(self, manifest: Manifest) -> str:
         """See `Stage`."""
-        return describe_counts(manifest)
+        return describe_counts({name: manifest.counts.get(name) for name in _SHOWN})
 
 
-def describe_counts(manifest: Manifest) -> str:
+def describe_counts(counts: Mapping[str, Any]) -> str:
     """The plain numbers of a manifest's counts, as `name value`."""
     numbers = {
         name.replace("_", " "): value
-        for name, value in manifest.counts.items()
+        for name, value in counts.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
     return ", ".join(

@@ -13,7 +13,16 @@ from nemo_spin.selfplay.stages.prepare import PrepareStage
 from nemo_spin.selfplay.stages.score import ScoreStage
 from nemo_spin.selfplay.stages.stage import Stage
 
-_SHOWN = ("steps", "loss", "margin", "accuracy", "heldout_loss", "heldout_margin", "heldout_accuracy")
+_SHOWN = (
+    "steps",
+    "loss",
+    "margin",
+    "accuracy",
+    "heldout_loss",
+    "heldout_margin",
+    "heldout_accuracy",
+    "tokens_per_second",
+)
 
 
 def _own_loss(loss: str) -> dict[str, str]:

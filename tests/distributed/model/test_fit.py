@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +45,21 @@ def _write_scored(model_dir: Path, directory: Path, *, shift: float) -> None:
     pq.write_table(table.slice(0, 3), directory / "heldout-iter_00-shard-00000-of-00001.parquet")
 
 
-def _fit(model_dir: Path, scored: Path, directory: Path, tensor: int, pipeline: int) -> dict[str, Any]:
+def _fit(
+    model_dir: Path,
+    scored: Path,
+    directory: Path,
+    tensor: int,
+    pipeline: int,
+    exp_manager: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     from nemo_spin.config.schema import ModelConfig
     from nemo_spin.data.progress import SilentProgress
     from nemo_spin.errors import GateError
     from nemo_spin.megatron.runtime import initialize
-    from nemo_spin.model.fit import fit, summary
+    from nemo_spin.model.fit import fit
     from nemo_spin.model.settings import TrainingJob
+    from nemo_spin.model.summary import summary
 
     runtime = initialize(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, seed=1)
     model = ModelConfig(
@@ -76,16 +86,50 @@ def _fit(model_dir: Path, scored: Path, directory: Path, tensor: int, pipeline: 
         save_interval=2,
         val_check_interval=None,
         log_every_n_steps=1,
-        exp_manager={"create_tensorboard_logger": True},
+        exp_manager=exp_manager or {"create_tensorboard_logger": True},
     )
     try:
-        last = fit(job, runtime=runtime, devices=runtime.world_size, num_nodes=1, progress=SilentProgress())
+        last = fit(
+            job,
+            runtime=runtime,
+            devices=runtime.world_size,
+            num_nodes=1,
+            progress=SilentProgress(),
+            started=time.monotonic(),
+        )
     except GateError as error:
         return {"gate": str(error)}
     return {"last": last.name, **summary(job.metrics_path)}
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
+def _check_telemetry(train: list[dict[str, Any]], end: dict[str, Any], result: dict[str, Any]) -> None:
+    """Tokens are those of the rows, phases lie inside of the time that passed."""
+    rows = reference.make_pairs(ROWS).to_pylist()
+    prompts = sum(len(row["prompt_ids"]) for row in rows)
+    tokens = prompts + sum(len(row[name]) for row in rows for name in ("real_ids", "generated_ids"))
+    assert sum(line["useful_tokens"] for line in train) == result["useful_tokens"] == EPOCHS * tokens
+    assert sum(line["packed_slots"] for line in train) == EPOCHS * tokens  # rows without padding
+    assert sum(line["saved_prompt_tokens"] for line in train) == EPOCHS * prompts
+    assert sum(line["pairs"] for line in train) == result["pairs"] == EPOCHS * ROWS
+    for line in train:
+        assert line["margin"] == pytest.approx(line["real_rewards"] - line["generated_rewards"], abs=1e-5)
+        assert line["tokens_per_second"] == pytest.approx(line["useful_tokens"] / line["step_seconds"])
+        assert line["peak_share"] is None and line["model_tflops"] > 0  # a CPU
+        assert line["data_seconds"] > 0 and line["forward_backward_seconds"] > 0
+        assert line["optimizer_seconds"] > 0 and line["peak_memory_gib"] > 0.05
+    for line in [*train, end]:
+        assert 0 < _in_phases(line) <= line["step_seconds"]
+    saved = [line["step"] for line in train if line["checkpoint_seconds"] > 0]
+    assert saved == [2, 4]  # the lines of the steps after, for save_interval=2
+    assert end["checkpoint_seconds"] > 0 and end["evaluation_seconds"] > 0
+
+
+def _in_phases(line: dict[str, Any]) -> float:
+    names = ("data", "forward_backward", "optimizer", "checkpoint", "evaluation", "logging")
+    return sum(float(line[f"{name}_seconds"]) for name in names)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (1, 1)])
 def test_a_training_leaves_metrics_checkpoints_and_tensorboard(
     tmp_path: Path, tensor: int, pipeline: int
 ) -> None:
@@ -100,13 +144,72 @@ def test_a_training_leaves_metrics_checkpoints_and_tensorboard(
     assert [line["step"] for line in train] == list(range(STEPS))
     assert [line["units"] for line in train] == [4, 4, 2, 4, 4, 2]
     assert train[-1]["loss"] < train[0]["loss"] and train[-1]["margin"] > 0
-    assert [line["split"] for line in lines][-1] == "heldout"
-    assert lines[-1]["units"] == 3
+    assert [line["split"] for line in lines if line["split"] != "train"] == ["start", "heldout", "end"]
+    assert lines[-2]["units"] == 3
+    _check_telemetry(train, lines[-1], result)
     kept = sorted(path.name for path in (tmp_path / "train" / "checkpoints").iterdir())
     assert kept == [f"step-{STEPS - 2:08d}", f"step-{STEPS:08d}"]
     assert list((tmp_path / "train").rglob("events.out.tfevents*"))
 
 
+def _fit_with_wandb(model_dir: Path, scored: Path, directory: Path) -> None:
+    import wandb
+
+    kwargs = {"project": "selfplay", "name": "tiny", "offline": True}
+    loggers = {"create_wandb_logger": True, "wandb_logger_kwargs": kwargs, "create_tensorboard_logger": True}
+    _fit(model_dir, scored, directory, 1, 1, loggers)
+    wandb.finish()
+
+
+def _wandb_records(path: Path) -> list[bytes]:
+    """What an offline run's file holds: LevelDB's log format behind a header of seven bytes."""
+    data, records, position = path.read_bytes(), [b""], 7
+    assert data.startswith(b":W&B")
+    while position < len(data):
+        left = 32768 - position % 32768
+        if left < 7:  # the end of a block is filled up
+            position += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, position)
+        records[-1] += data[position + 7 : position + 7 + size]
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(b"")
+        position += 7 + size
+    return records[:-1]
+
+
+def _wandb_history(path: Path) -> list[dict[str, Any]]:
+    """The rows that `wandb sync` would upload."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    rows = []
+    for data in _wandb_records(path):
+        record = Record.FromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
+    return rows
+
+
+def test_every_logger_is_fed_wandb_too(tmp_path: Path) -> None:
+    model_dir = reference.make_model(tmp_path / "model")
+    _write_scored(model_dir, tmp_path / "scored", shift=0.0)
+    run_ranks(_fit_with_wandb, 1, model_dir, tmp_path / "scored", tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    expected = [line["loss"] for line in lines if line["split"] == "train"]
+    [path] = (tmp_path / "train").rglob("offline-run-*/*.wandb")
+    history = _wandb_history(path)
+    assert [row["train/loss"] for row in history if "train/loss" in row] == pytest.approx(expected)
+    for name in ("train/tokens_per_second", "train/real_rewards", "train/peak_memory_gib", "heldout/loss"):
+        assert any(name in row for row in history), name
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "train" / "logs"))
+    board.Reload()
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(expected)
+
+
+# last: NeMo's OneLogger keeps a span open after a training that was stopped
 def test_opponent_values_of_another_model_stop_before_the_first_update(tmp_path: Path) -> None:
     model_dir = reference.make_model(tmp_path / "model")
     _write_scored(model_dir, tmp_path / "scored", shift=0.5)

@@ -78,6 +78,7 @@ def test_every_plot_is_drawn(page: Browser) -> None:
         "Margin",
         "Log-probabilities",
         "Gain over the opponent",
+        "Rewards",
         "Accuracy",
         "Gradient norm",
         "Learning rate",

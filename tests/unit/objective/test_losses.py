@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nemo_spin.objective.losses import LOSSES, PairLogps, exponential, logistic, margin
+from nemo_spin.objective.losses import LOSSES, PairLogps, exponential, logistic, margin, rewards
 
 # At t = ln 3: e^-t = 1/3, so logistic is ln(4/3) with slope -1/4 = -e^-t / (1 + e^-t).
 BY_HAND = [
@@ -45,6 +45,7 @@ def test_margin_is_beta_times_the_difference_of_gains() -> None:
     # gains: real -10 - -12 = 2, generated -7 - -6 = -1; margin 0.5 * (2 - -1) = 1.5
     logps = PairLogps(*(torch.tensor([value]) for value in (-10.0, -7.0, -12.0, -6.0)))
     assert margin(logps, beta=0.5).tolist() == [1.5]
+    assert [reward.tolist() for reward in rewards(logps, beta=0.5)] == [[1.0], [-0.5]]
 
 
 def test_margin_gradient_pulls_real_up_and_generated_down() -> None:

@@ -172,3 +172,19 @@ def test_what_is_reported_is_float32_when_the_policy_is() -> None:
 def test_neighbours_are_found_by_name() -> None:
     assert build_objective(loss="ipo", beta=1.0).loss is ipo
     assert build_objective(loss="nca", beta=1.0).loss is nca
+
+
+@pytest.mark.parametrize("settings", [{}, {"length_normalized": True}, {"opponent_mix": 0.25}])
+def test_the_margin_is_the_difference_of_the_rewards(settings: dict[str, Any]) -> None:
+    objective = build_objective(loss="logistic", beta=0.3, **settings)
+    logps = pair(-10.0, -7.0, -12.0, -6.0)
+    real, generated = objective.rewards(logps, LENGTHS, BASE)
+    torch.testing.assert_close(real - generated, objective.margins(logps, LENGTHS, BASE))
+    assert not real.requires_grad and not generated.requires_grad
+
+
+def test_rewards_by_hand() -> None:
+    # per token: real (-10 + 12) / 4, generated (-7 + 6) / 2
+    logps = pair(-10.0, -7.0, -12.0, -6.0)
+    rewards = build_objective(loss="logistic", beta=2.0, length_normalized=True).rewards(logps, LENGTHS)
+    assert [reward.item() for reward in rewards] == [1.0, -1.0]

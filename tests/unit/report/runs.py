@@ -301,7 +301,12 @@ def metrics_line(step: int, shape: Shape, iteration: int, chance: random.Random)
         "policy_generated_logps_per_token": generated,
         "step": step,
         "response_tokens": 5400.0,
-        "forward_backward_seconds": 0.5 + 0.05 * chance.random(),
+        "real_rewards": margin / 3,
+        "generated_rewards": -2 * margin / 3,
+        "useful_tokens": 8200,
+        "tokens_per_second": 8200 / (0.5 + 0.05 * chance.random()),
+        "peak_share": None,
+        "forward_backward_seconds": 0.4,
         "grad_norm": 2.4 * math.exp(-done) * (1 + 0.2 * chance.random()),
         "lr": 1e-6 * min(1.0, (step + 1) / (0.1 * shape.steps + 1)) * (1 - done * 0.95),
     }

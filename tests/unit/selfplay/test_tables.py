@@ -71,6 +71,25 @@ def test_an_iteration(run: RunDirectory) -> None:
     assert rows[-1] == ["generate", "1:10", "min", "train", "1:10", "min"]
 
 
+def test_how_fast_it_was(run: RunDirectory) -> None:
+    files = run.iteration(0)
+    finish(files.scored, {"tokens_per_second": 4321.4})
+    speed = {"tokens_per_second": 1234.5, "peak_share": 0.4125, "peak_memory_gib": 3.25}
+    write_manifest(
+        files.train,
+        stage="train",
+        files=[],
+        inputs={},
+        counts={**TRAINED, **speed, "pairs_per_second_with_scoring": 12.5},
+    )
+    stream = StringIO()
+    show_iteration(Screen(stream), run, 0)
+    words = "score 4,321 tokens/s train 1,234 tokens/s 41.2% of the peak both 12.5 pairs/s memory 3.2 GiB"
+    assert lines(stream)[-1] == words.split()
+    show_run(Screen(stream), run)
+    assert "12.5" in lines(stream)[-2]
+
+
 def test_all_iterations(run: RunDirectory) -> None:
     stream = StringIO()
     show_run(Screen(stream), run)
