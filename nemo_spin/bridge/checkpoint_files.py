@@ -153,6 +153,27 @@ def _no_safetensors(hf_dir: Path) -> CheckpointError:
     )
 
 
+def open_model(hf_dir: Path, architecture: Architecture) -> Checkpoint:
+    """Opens the checkpoint of a model and checks it against its family's table, by headers alone.
+
+    Its tensors have the names that the table gives them, whatever some checkpoints call them.
+
+    Raises:
+        CheckpointError: See `open_checkpoint` and `check_tensors`.
+    """
+    family = family_of(architecture)
+    checkpoint = open_checkpoint(hf_dir)
+    prefix = family.optional_prefix
+    if prefix and not any(name.startswith(prefix) for name in checkpoint.tensors):
+        named = {
+            name if name == family.output_layer.hf else prefix + name: tensor
+            for name, tensor in checkpoint.tensors.items()
+        }
+        checkpoint = Checkpoint(checkpoint.directory, named)
+    check_tensors(checkpoint, architecture, family)
+    return checkpoint
+
+
 def check_tensors(checkpoint: Checkpoint, architecture: Architecture, family: Family) -> None:
     """Names, shapes and dtypes against the family's table; reads nothing but headers.
 
@@ -206,8 +227,7 @@ def check_checkpoint(hf_dir: Path, *, finite: bool = True) -> Architecture:
         CheckpointError: Configuration, files, tensors or values are not what they must be.
     """
     architecture = architecture_of(hf_dir)
-    checkpoint = open_checkpoint(hf_dir)
-    check_tensors(checkpoint, architecture, family_of(architecture))
+    checkpoint = open_model(hf_dir, architecture)
     if finite:
         _check_finite(checkpoint)
     return architecture

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from torch import Tensor, distributed, nn
 
 from nemo_spin.bridge.agreement import from_first_rank, merged, together
-from nemo_spin.bridge.checkpoint_files import check_tensors, open_checkpoint
+from nemo_spin.bridge.checkpoint_files import open_model
 from nemo_spin.bridge.export_files import (
     CARD_NAME,
     MAX_SHARD_BYTES,
@@ -139,9 +139,7 @@ def _source_dtype(source_dir: Path, architecture: Architecture) -> str:
     if architecture.torch_dtype is not None:
         return DTYPE_OF[architecture.torch_dtype]
     first = next(iter(family_of(architecture).stored_shapes(architecture)))
-    checkpoint = open_checkpoint(source_dir)
-    check_tensors(checkpoint, architecture, family_of(architecture))
-    return checkpoint.tensors[first].dtype
+    return open_model(source_dir, architecture).tensors[first].dtype
 
 
 def _hashes_of_own_share(plan: ExportPlan, directory: Path) -> dict[str, str]:
@@ -207,33 +205,53 @@ def _write(parameters: list[Placed], plan: ExportPlan, *, directory: Path, progr
         return
     writer = BlockWriter(directory)
     for done, placed in enumerate(parameters, start=1):
-        for piece in placed.pieces:
-            target = plan.places[piece.tensor]
-            for block in row_blocks(piece, ITEM_SIZES[plan.dtype]):
-                own = view(placed.parameter, block).to(TORCH_DTYPES[plan.dtype])
-                values = _joined_columns(own) if placed.is_row_parallel else own
-                if values is not None and placed.is_writer:
-                    bits, first_row = tensor_to_bits(values), block.stored[0][0]
-                    writer.attempt(functools.partial(writer.write, target, first_row, bits))
+        blocks = _joined_blocks(placed, plan) if placed.spread else _own_blocks(placed, plan)
+        for target, first_row, values in blocks:
+            if values is not None and placed.is_writer:
+                bits = tensor_to_bits(values)
+                writer.attempt(functools.partial(writer.write, target, first_row, bits))
         report = functools.partial(progress.update, done, len(parameters), "tensors")
         writer.attempt(report)
     writer.close()
 
 
-def _joined_columns(values: Tensor) -> Tensor | None:
-    """All columns of the ranks' blocks, on the first rank of the tensor-parallel group; else None.
+Block = tuple[StoredTensor, int, Tensor | None]  # a tensor, the first of some of its rows, their values
+
+
+def _own_blocks(placed: Placed, plan: ExportPlan) -> Iterator[Block]:
+    """Whole stored rows of this rank, a few at a time."""
+    for piece in placed.pieces:
+        for block in row_blocks(piece, ITEM_SIZES[plan.dtype]):
+            values = view(placed.parameter, block).to(TORCH_DTYPES[plan.dtype])
+            yield plan.places[piece.tensor], block.stored[0][0], values
+
+
+def _joined_blocks(placed: Placed, plan: ExportPlan) -> Iterator[Block]:
+    """Stored rows that are spread over the ranks, on the first rank of the tensor-parallel group; else None.
 
     All ranks of the tensor-parallel group must call.
-
-    Args:
-        values: [rows, columns / TP].
     """
     group = parallel_state.get_tensor_model_parallel_group()
-    own = values.contiguous().view(torch.uint8)  # gloo does not know every type
     is_receiver = distributed.get_rank(group) == 0
-    parts = [torch.empty_like(own) for _ in range(distributed.get_world_size(group))] if is_receiver else None
-    distributed.gather(own, parts, dst=distributed.get_global_rank(group, 0), group=group)
-    return torch.cat(parts, dim=1).view(values.dtype) if parts is not None else None
+    one = placed.pieces[0]
+    target = plan.places[one.tensor]
+    rows_of_rank = placed.parameter.T if one.transposed else placed.parameter
+    whole = Piece(one.tensor, ((0, target.shape[0]), (0, target.shape[1])), ((0, target.shape[0]), (0, 0)))
+    for block in row_blocks(whole, ITEM_SIZES[plan.dtype]):
+        (first, last), _ = block.stored
+        own = rows_of_rank[first:last].to(TORCH_DTYPES[plan.dtype]).contiguous()
+        received = own.view(torch.uint8)  # gloo does not know every type
+        parts = [torch.empty_like(received) for _ in placed.spread] if is_receiver else None
+        distributed.gather(received, parts, dst=distributed.get_global_rank(group, 0), group=group)
+        if parts is None:
+            yield target, first, None
+            continue
+        values = own.new_empty(last - first, target.shape[1])
+        for part, pieces in zip(parts, placed.spread, strict=True):
+            for piece in pieces:
+                columns = piece.local[0 if piece.transposed else 1]
+                values[:, slice(*piece.stored[1])] = part.view(own.dtype)[:, slice(*columns)]
+        yield target, first, values
 
 
 def verify_export(model_chunks: Sequence[nn.Module], out_dir: Path, architecture: Architecture) -> None:
@@ -247,8 +265,7 @@ def verify_export(model_chunks: Sequence[nn.Module], out_dir: Path, architecture
     """
 
     def compare() -> None:
-        checkpoint = open_checkpoint(out_dir)
-        check_tensors(checkpoint, architecture, family_of(architecture))
+        checkpoint = open_model(out_dir, architecture)
         for placed in place(model_chunks, architecture):
             for piece in placed.pieces:
                 stored = checkpoint.tensors[piece.tensor]

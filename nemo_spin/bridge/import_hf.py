@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from nemo_spin.bridge.agreement import together
-from nemo_spin.bridge.checkpoint_files import Checkpoint, all_finite, check_tensors, open_checkpoint
-from nemo_spin.bridge.families import family_of
+from nemo_spin.bridge.checkpoint_files import Checkpoint, all_finite, open_model
 from nemo_spin.bridge.placement import Placed, bits_to_tensor, place, row_blocks, view
 from nemo_spin.bridge.safetensors_format import ITEM_SIZES, damaged
 from nemo_spin.megatron.architecture import Architecture
@@ -33,8 +32,7 @@ def load_weights(model_chunks: Sequence[nn.Module], hf_dir: Path, architecture: 
     """
 
     def prepare() -> tuple[Checkpoint, list[Placed]]:
-        checkpoint = open_checkpoint(hf_dir)
-        check_tensors(checkpoint, architecture, family_of(architecture))
+        checkpoint = open_model(hf_dir, architecture)
         return checkpoint, place(model_chunks, architecture)
 
     checkpoint, parameters = together(prepare)

@@ -25,11 +25,15 @@ Region = tuple[tuple[int, int], ...]  # (start, stop) of every axis
 
 @dataclass(frozen=True)
 class Piece:
-    """A region of a stored tensor and the region of the rank's parameter that holds it."""
+    """A region of a stored tensor and the region of the rank's parameter that holds it.
+
+    Where `transposed`, the rows of the stored tensor are the columns of the parameter.
+    """
 
     tensor: str
     stored: Region
     local: Region
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,8 @@ def _share_of(size: int, share: Share, what: str) -> tuple[int, int]:
 
 
 def dimensions(architecture: Architecture, names: tuple[str, ...]) -> Shape:
-    """The sizes that the tables name: fields of the architecture, and `query_size`."""
-    query_size = architecture.num_attention_heads * architecture.head_dim
-    return tuple(query_size if name == "query_size" else getattr(architecture, name) for name in names)
+    """The sizes that the tables name: attributes of the architecture."""
+    return tuple(getattr(architecture, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,9 @@ class Mapping:
         def filled(value: Any) -> Any:
             if isinstance(value, str):
                 return value.replace("{layer}", str(layer))
-            return tuple(filled(element) for element in value)
+            if isinstance(value, Mapping):
+                return value.at_layer(layer)
+            return tuple(filled(element) for element in value) if isinstance(value, tuple) else value
 
         return replace(self, **{field.name: filled(getattr(self, field.name)) for field in fields(self)})
 
@@ -185,6 +190,37 @@ class ColumnParallel(Mapping):
 
 
 @dataclass(frozen=True)
+class FusedColumnParallel(Mapping):
+    """One stored tensor of several parts of equal size (gate, up), each of them column-parallel.
+
+    The parts lie one below the other as stored, and so do a rank's shares of them.
+    """
+
+    hf: str
+    parts: int
+    shape: tuple[str, ...]  # of one part
+
+    def _columns(self) -> ColumnParallel:
+        """The same with parts that are tensors of their own, named by number."""
+        return ColumnParallel(self.megatron, tuple(str(part) for part in range(self.parts)), self.shape)
+
+    def stored_shapes(self, architecture: Architecture) -> dict[str, Shape]:
+        """See `Mapping`."""
+        rows, *rest = dimensions(architecture, self.shape)
+        return {self.hf: (self.parts * rows, *rest)}
+
+    def local_shape(self, architecture: Architecture, share: Share, vocab_rows: int) -> Shape:
+        """See `Mapping`."""
+        return self._columns().local_shape(architecture, share, vocab_rows)
+
+    def pieces(self, architecture: Architecture, share: Share, vocab_rows: int) -> Iterator[Piece]:
+        """See `Mapping`."""
+        rows = dimensions(architecture, self.shape)[0]
+        for piece in self._columns().pieces(architecture, share, vocab_rows):
+            yield _lowered(piece, self.hf, int(piece.tensor) * rows)
+
+
+@dataclass(frozen=True)
 class RowParallel(Mapping):
     """Columns (input channels) are split."""
 
@@ -247,3 +283,66 @@ class QueryKeyValue(Mapping):
                 stored = _rows(shapes[name], group * rows, (group + 1) * rows)
                 yield Piece(name, stored, ((local, local + rows), *stored[1:]))
                 local += rows
+
+
+@dataclass(frozen=True)
+class FusedQueryKeyValue(Mapping):
+    """One stored tensor: all query heads, then all key heads, then all value heads."""
+
+    hf: str
+    columns: tuple[str, ...] = ()  # none: a bias
+
+    def _apart(self) -> QueryKeyValue:
+        """The same with query, key and value as tensors of their own."""
+        return QueryKeyValue(self.megatron, "query", "key", "value", self.columns)
+
+    def stored_shapes(self, architecture: Architecture) -> dict[str, Shape]:
+        """See `Mapping`."""
+        shapes = self._apart().stored_shapes(architecture).values()
+        return {self.hf: (sum(rows for rows, *_ in shapes), *dimensions(architecture, self.columns))}
+
+    def local_shape(self, architecture: Architecture, share: Share, vocab_rows: int) -> Shape:
+        """See `Mapping`."""
+        return self._apart().local_shape(architecture, share, vocab_rows)
+
+    def pieces(self, architecture: Architecture, share: Share, vocab_rows: int) -> Iterator[Piece]:
+        """See `Mapping`."""
+        query_size, key_size = architecture.query_size, architecture.key_size
+        first = {"query": 0, "key": query_size, "value": query_size + key_size}
+        for piece in self._apart().pieces(architecture, share, vocab_rows):
+            yield _lowered(piece, self.hf, first[piece.tensor])
+
+
+def _lowered(piece: Piece, tensor: str, rows: int) -> Piece:
+    """The piece, `rows` further down in another tensor."""
+    (start, stop), *columns = piece.stored
+    return replace(piece, tensor=tensor, stored=((start + rows, stop + rows), *columns))
+
+
+@dataclass(frozen=True)
+class Transposed(Mapping):
+    """A matrix that is stored as its transpose, [input, output] (`Conv1D` of transformers)."""
+
+    inner: Mapping
+
+    def stored_shapes(self, architecture: Architecture) -> dict[str, Shape]:
+        """See `Mapping`."""
+        return {name: shape[::-1] for name, shape in self.inner.stored_shapes(architecture).items()}
+
+    def local_shape(self, architecture: Architecture, share: Share, vocab_rows: int) -> Shape:
+        """See `Mapping`."""
+        return self.inner.local_shape(architecture, share, vocab_rows)
+
+    def pieces(self, architecture: Architecture, share: Share, vocab_rows: int) -> Iterator[Piece]:
+        """See `Mapping`."""
+        for piece in self.inner.pieces(architecture, share, vocab_rows):
+            yield replace(piece, stored=piece.stored[::-1], transposed=True)
+
+    def is_writer(self, share: Share) -> bool:
+        """See `Mapping`."""
+        return self.inner.is_writer(share)
+
+
+def transposed(inner: Mapping) -> Transposed:
+    """`inner`, stored as its transpose."""
+    return Transposed(inner.megatron, inner)

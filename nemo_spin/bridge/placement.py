@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from nemo_spin.bridge.families import family_of
-from nemo_spin.bridge.mappings import Piece, RowParallel, Share
+from nemo_spin.bridge.mappings import Mapping, Piece, Share
 from nemo_spin.errors import CheckpointError, explain
 from nemo_spin.megatron.architecture import Architecture
 
@@ -37,14 +37,15 @@ class Placed:
         parameter: [rows, columns] or [rows]: this rank's share.
         pieces: Where its values are stored.
         is_writer: Whether this rank exports them (as one of the data-parallel replicas would).
-        is_row_parallel: Whether a stored row is spread over the tensor-parallel ranks.
+        spread: The pieces of every tensor-parallel rank, where a stored row is made of several:
+            of all ranks, or of parts of this one's parameter. Empty where no row is.
     """
 
     name: str
     parameter: Tensor
     pieces: tuple[Piece, ...]
     is_writer: bool
-    is_row_parallel: bool
+    spread: tuple[tuple[Piece, ...], ...] = ()
 
 
 def unwrapped(chunk: nn.Module) -> nn.Module:
@@ -91,8 +92,24 @@ def _placed(
         parameter=parameter,
         pieces=tuple(mapping.pieces(architecture, share, vocab_rows)),
         is_writer=mapping.is_writer(share) and not is_copy,
-        is_row_parallel=isinstance(mapping, RowParallel) and share.tp_size > 1,
+        spread=_spread(mapping, architecture, share.tp_size, vocab_rows),
     )
+
+
+def _spread(
+    mapping: Mapping, architecture: Architecture, tp_size: int, vocab_rows: int
+) -> tuple[tuple[Piece, ...], ...]:
+    shapes = mapping.stored_shapes(architecture)
+    of_ranks = tuple(
+        tuple(mapping.pieces(architecture, Share(rank, tp_size), vocab_rows)) for rank in range(tp_size)
+    )
+    has_parts = any(
+        stop - start < size
+        for pieces in of_ranks
+        for piece in pieces
+        for (start, stop), size in zip(piece.stored[1:], shapes[piece.tensor][1:], strict=True)
+    )
+    return of_ranks if has_parts else ()
 
 
 def _canonical(name: str, chunk: nn.Module) -> tuple[int | None, str]:
@@ -133,17 +150,18 @@ def row_blocks(piece: Piece, item_size: int) -> list[Piece]:
     (first, last), *columns = piece.stored
     row_bytes = item_size * (columns[0][1] - columns[0][0] if columns else 1)
     rows = max(1, BLOCK_BYTES // max(1, row_bytes))
-    shift = piece.local[0][0] - first
-    return [
-        Piece(
-            piece.tensor,
-            ((start, min(start + rows, last)), *piece.stored[1:]),
-            ((start + shift, min(start + rows, last) + shift), *piece.local[1:]),
-        )
-        for start in range(first, last, rows)
-    ]
+    axis = 1 if piece.transposed else 0
+    shift = piece.local[axis][0] - first
+    blocks = []
+    for start in range(first, last, rows):
+        stop = min(start + rows, last)
+        local = [*piece.local]
+        local[axis] = (start + shift, stop + shift)
+        blocks.append(replace(piece, stored=((start, stop), *piece.stored[1:]), local=tuple(local)))
+    return blocks
 
 
 def view(parameter: Tensor, piece: Piece) -> Tensor:
-    """The region of the parameter that the piece is about."""
-    return parameter.detach()[tuple(slice(*bounds) for bounds in piece.local)]
+    """The region of the parameter that the piece is about, its axes as they are stored."""
+    region = parameter.detach()[tuple(slice(*bounds) for bounds in piece.local)]
+    return region.T if piece.transposed else region

@@ -54,7 +54,7 @@ def check_model_fits(
     num_query_groups: int,
     ffn_hidden_size: int,
     vocab_size: int,
-    sliding_window: int | None = None,
+    longest_sequence: tuple[int, str] | None = None,
 ) -> None:
     """Checks that the model can be split as configured.
 
@@ -68,7 +68,7 @@ def check_model_fits(
         num_query_groups: Heads of the keys and values.
         ffn_hidden_size: Width of the gated MLP.
         vocab_size: Tokens, without padding.
-        sliding_window: Tokens a position attends to; None where it is all before it.
+        longest_sequence: Tokens beyond which the model cannot be computed, and why; None: no such limit.
 
     Raises:
         ConfigError: It cannot; the message lists every size that does not divide.
@@ -126,14 +126,12 @@ def check_model_fits(
     longest = config.data.max_prompt_length + max(
         config.data.max_response_length, config.generation.max_tokens
     )
-    if sliding_window is not None and longest > sliding_window:
+    if longest_sequence is not None and longest > longest_sequence[0]:
         mistakes.append(
             mistake(
                 "data.max_prompt_length",
-                found=f"prompt and response may have {longest} tokens, and the model attends to the "
-                f"last {sliding_window} (sliding_window)",
-                rule="training attends to everything before a token, so that no sequence may be longer "
-                "than the model's window",
+                found=f"prompt and response may have {longest} tokens",
+                rule=f"with this model at most {longest_sequence[0]}: {longest_sequence[1]}",
                 remedy="lower data.max_prompt_length, data.max_response_length or generation.max_tokens",
                 also=("data.max_response_length", "generation.max_tokens"),
             )

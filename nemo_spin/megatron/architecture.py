@@ -15,15 +15,17 @@ class RopeScaling:
 
     Attributes:
         theta: Base of the frequencies.
-        kind: default | linear | llama3 | yarn; anything else was refused on reading.
+        kind: default | linear | llama3 | yarn | longrope; anything else was refused on reading.
         factor: How many times longer than the original the context is.
         low_freq_factor, high_freq_factor: llama3: rotations in the original context below
             which a channel is divided, and above which it is kept.
-        original_max_position_embeddings: llama3, yarn: context of the first training, tokens.
-        attention_factor: yarn: what cos and sin are multiplied by; resolved (never None)
-            where the kind is yarn.
+        original_max_position_embeddings: llama3, yarn, longrope: context of the first training, tokens.
+        attention_factor: yarn, longrope: what cos and sin are multiplied by; resolved (never
+            None) where the kind is one of them.
         beta_fast, beta_slow: yarn: rotations at the ends of its ramp.
-        partial_rotary_factor: Share of a head's channels that are rotated.
+        partial_rotary_factor: Share of a head's channels that are rotated, the first ones.
+        short_factors: longrope: divisor of each frequency within the original context. Beyond
+            it others hold; see `Architecture.longest_sequence`.
     """
 
     theta: float = 10000.0
@@ -36,6 +38,11 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     partial_rotary_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+
+    def rotated_channels(self, head_dim: int) -> int:
+        """How many of a head's channels are rotated."""
+        return int(head_dim * self.partial_rotary_factor)
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,25 @@ class Architecture:
         head_dim: Channels of a head; `num_attention_heads * head_dim` may differ from `hidden_size`.
         vocab_size: Rows of the embedding as stored, without padding.
         max_position_embeddings: Longest context the model promises, tokens.
+        activation: silu | gelu | gelu_tanh | relu.
         gated: The MLP is `down(act(gate(x)) * up(x))`.
+        normalization: rms | layer; the latter subtracts the mean and has a bias.
+        zero_centered_norms: Norms multiply by 1 + weight.
+        pre_norms, post_norms: Norms before attention and MLP, and of what they add to the residual.
+        parallel_residual: Attention and MLP both read a layer's input.
         qkv_bias, attention_output_bias, mlp_bias: Which linear layers have a bias.
-        qk_norm: Queries and keys are normalised per head.
+        qk_norm: Queries and keys are normalised, per head.
+        whole_qk_norm: They are normalised over all heads together.
+        softmax_scale: Multiplies attention scores; None: 1 / sqrt(head_dim).
+        attention_logit_cap: Scores s become cap * tanh(s / cap); None: they do not.
+        logit_cap: The same for the model's logits.
+        embedding_scale: Multiplies embeddings; None: it does not.
+        learned_positions: Positions are a table of `max_position_embeddings` rows, not rotations.
         tie_word_embeddings: The output layer is the embedding.
-        sliding_window: Tokens a position attends to, itself included, in some layer; None where every
-            layer attends to all before it within `max_position_embeddings`.
+        rope: Rotations; of no effect with learned positions.
+        windowed_rope: Rotations of the layers with a window, where they are others.
+        windows: For each layer the tokens a position attends to, itself included, or None for
+            all before it; empty where no layer has a window.
         bos_token_id: None where the model has none.
         eos_token_ids: All ids that end a response, the configuration's first.
         torch_dtype: Type of the stored weights as config.json spells it; None where it does not say.
@@ -73,13 +93,51 @@ class Architecture:
     norm_epsilon: float
     activation: str = "silu"
     gated: bool = True
+    normalization: str = "rms"
+    zero_centered_norms: bool = False
+    pre_norms: bool = True
+    post_norms: bool = False
+    parallel_residual: bool = False
     qkv_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    whole_qk_norm: bool = False
+    softmax_scale: float | None = None
+    attention_logit_cap: float | None = None
+    logit_cap: float | None = None
+    embedding_scale: float | None = None
+    learned_positions: bool = False
     tie_word_embeddings: bool = False
     rope: RopeScaling = field(default_factory=RopeScaling)
-    sliding_window: int | None = None
+    windowed_rope: RopeScaling | None = None
+    windows: tuple[int | None, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     torch_dtype: str | None = None
+
+    @property
+    def query_size(self) -> int:
+        """Channels of all query heads."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        """Channels of all key heads, or of all value heads."""
+        return self.num_query_groups * self.head_dim
+
+    @property
+    def query_key_value_size(self) -> int:
+        """Channels of all heads."""
+        return self.query_size + 2 * self.key_size
+
+    @property
+    def longest_sequence(self) -> tuple[int, str] | None:
+        """Tokens beyond which the model cannot be computed here, and why; None: no such limit."""
+        if self.learned_positions:
+            return self.max_position_embeddings, "it has learned that many positions"
+        if self.rope.kind == "longrope":
+            return self.rope.original_max_position_embeddings, (
+                "longer ones turn every position by other angles (longrope's long_factor)"
+            )
+        return None

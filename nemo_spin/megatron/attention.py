@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,10 +35,15 @@ class SegmentAttention(MegatronModule):
     Under context parallelism a rank's queries are those of its chunks of the row
     (`data.context`), its segments say so, and keys and values of all ranks are gathered.
 
+    A layer's window (`window_size` and `window_attn_skip_freq` of Megatron's configuration)
+    hides from a query what lies further back; a response counts from its prompt.
+
     Args:
         config: Megatron's TransformerConfig.
+        layer_number: From 1, in the whole model.
         softmax_scale: Multiplies the scores; 1/sqrt(D) where None.
         pg_collection: Megatron's process groups; their `cp` is used.
+        logit_cap: Scores s become cap * tanh(s / cap), which needs all of them in memory.
     """
 
     def __init__(
@@ -48,11 +54,15 @@ class SegmentAttention(MegatronModule):
         attention_type: str,
         softmax_scale: float | None = None,
         pg_collection: Any = None,
+        logit_cap: float | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
         self.cp_group: Any = pg_collection.cp if config.context_parallel_size > 1 else None
+        has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if has_window else None
+        self.logit_cap = logit_cap
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -75,7 +85,8 @@ class SegmentAttention(MegatronModule):
         """
         if self.cp_group is not None:
             key, value = self._of_all_ranks(key, value)
-        if attention_mask is not None and query.shape[1] == 1 and (kernel := kernel_for(query)):
+        kernel = kernel_for(query, window=self.window) if self.logit_cap is None else None
+        if attention_mask is not None and query.shape[1] == 1 and kernel is not None:
             row = row_attention(
                 *(tensor.squeeze(1) for tensor in (query, key, value)),
                 segments=attention_mask,
@@ -117,11 +128,10 @@ class SegmentAttention(MegatronModule):
         )
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attends with a causal mask aligned at the bottom right: the last query sees every key."""
-        count, keys = query.shape[2], key.shape[2]
-        mask = None
-        if count != keys:
-            mask = torch.ones(count, keys, dtype=torch.bool, device=query.device).tril_(keys - count)
+        """Causal, aligned at the bottom right: the last query sees every key that its window reaches."""
+        mask = self._mask(query.shape[2], key.shape[2], query.device)
+        if self.logit_cap is not None:
+            return self._attend_capped(query, key, value, mask, self.logit_cap)
         if query.is_cuda and (mask is not None or query.dtype == torch.float32):
             # No fused GPU kernel has grouped heads beside a mask or float32; scores would be kept
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
@@ -134,3 +144,23 @@ class SegmentAttention(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+
+    def _mask(self, count: int, keys: int, device: torch.device) -> Tensor | None:
+        """Keys that each query sees: [count, keys]. None: as many as queries, those up to its own."""
+        window = self.window if self.window is not None and self.window < keys else None
+        if count == keys and window is None:
+            return None
+        seen = torch.ones(count, keys, dtype=torch.bool, device=device).tril_(keys - count)
+        return seen if window is None else seen.triu_(keys - count - window + 1)
+
+    def _attend_capped(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cap: float
+    ) -> Tensor:
+        """The same with capped scores (Gemma 2, arXiv 2408.00118); no fused kernel knows the cap."""
+        copies = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
+        scores = (query @ key.transpose(2, 3)).float() * (self.softmax_scale / cap)
+        if mask is None:
+            mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril_()
+        scores = (scores.tanh() * cap).masked_fill(~mask, float("-inf"))
+        return scores.softmax(dim=-1).to(value.dtype) @ value

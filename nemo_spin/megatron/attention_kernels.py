@@ -102,10 +102,14 @@ def row_attention(
     return kernel(query, key, value, lengths, softmax_scale)
 
 
-def kernel_for(query: Tensor) -> Kernel | None:
+def kernel_for(query: Tensor, *, window: int | None = None) -> Kernel | None:
     """PyTorch's variable-length kernel where it can run on `query` [..., D]; None: one segment at a time.
 
     It is FlashAttention's: half precision on GPUs from Ampere on.
+
+    Args:
+        query: What it shall run on.
+        window: Keys that a query sees, its own included; None: all up to its own.
     """
     head_size = query.shape[-1]
     fits = head_size <= _LARGEST_HEAD and head_size % _HEAD_MULTIPLE == 0
@@ -113,11 +117,17 @@ def kernel_for(query: Tensor) -> Kernel | None:
         return None
     if torch.cuda.get_device_capability(query.device) < _AMPERE or varlen_attention() is None:
         return None
-    return _flash
+    return functools.partial(_flash, window=window)
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, lengths: VariableLengths, softmax_scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: VariableLengths,
+    softmax_scale: float,
+    *,
+    window: int | None,
 ) -> Tensor:
     attend = varlen_attention()
     assert attend is not None, "kernel_for() hands this out where it is there"
@@ -130,5 +140,6 @@ def _flash(
         lengths.max_seqlen_q,
         lengths.max_seqlen_kv,
         scale=softmax_scale,
+        **({} if window is None else {"window_size": (window - 1, 0)}),
     )
     return context

@@ -141,6 +141,7 @@ class ForwardStep:
             vocab_size=self.vocab_size,
             sequence_parallel=gpt.config.sequence_parallel,
             tp_group=self.runtime.tp_group,
+            logit_cap=gpt.logit_cap,
         )
         logps = response_sums(per_token, microbatch.target_responses, microbatch.num_responses)
         if self.runtime.cp_size > 1:

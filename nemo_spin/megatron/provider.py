@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 
 from nemo_spin.config.schema import ModelConfig
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.megatron.architecture import Architecture
-from nemo_spin.megatron.attention import SegmentAttention
 from nemo_spin.megatron.fp8 import fp8_settings
-from nemo_spin.megatron.norm import RMSNorm
+from nemo_spin.megatron.layer_specs import (
+    family_settings,
+    layer_spec,
+    norm_class,
+    without_transformer_engine,
+)
 from nemo_spin.megatron.rope import PositionedRotaryEmbedding, concentration_as_scaling_factor
 from nemo_spin.megatron.stages import pipeline_settings, recompute_settings
 from nemo_spin.megatron.vocab_parallel import withhold_logits
@@ -32,11 +32,12 @@ from nemo_spin.megatron.vocab_parallel import withhold_logits
 _GPU_VOCABULARY_MULTIPLE = 128  # rows per rank that GPU matrix kernels like
 
 
-def uses_transformer_engine(transformer_impl: str) -> bool:
-    """Resolves `model.transformer_impl` on this machine.
+def uses_transformer_engine(transformer_impl: str, architecture: Architecture) -> bool:
+    """Resolves `model.transformer_impl` on this machine, for this model.
 
     Raises:
-        ConfigError: Transformer Engine was asked for but is not installed, or there is no GPU.
+        ConfigError: Transformer Engine was asked for but is not installed, or there is no GPU,
+            or the model's layers are not made of it.
     """
     available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if transformer_impl == "transformer_engine" and not available:
@@ -48,7 +49,17 @@ def uses_transformer_engine(transformer_impl: str) -> bool:
                 remedy="set model.transformer_impl=auto, or run in a container that has it",
             )
         )
-    return available and transformer_impl != "local"
+    obstacle = without_transformer_engine(architecture)
+    if transformer_impl == "transformer_engine" and obstacle is not None:
+        raise ConfigError(
+            explain(
+                "model.transformer_impl",
+                found=f"transformer_engine, and {architecture.hf_architecture} has {obstacle}",
+                rule="such layers are Megatron's local ones",
+                remedy="set model.transformer_impl=auto",
+            )
+        )
+    return available and transformer_impl != "local" and obstacle is None
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
@@ -76,6 +87,7 @@ def transformer_config(
     which is what Megatron's `calculate_per_token_loss` does with any count.
     """
     half = params_dtype == torch.bfloat16
+    transformer_engine = uses_transformer_engine(model.transformer_impl, architecture)
     config = TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -90,13 +102,7 @@ def transformer_config(
         params_dtype=params_dtype,
         bf16=half,
         moe_token_dispatcher_type="alltoall",  # the one that Megatron allows beside it
-        normalization="RMSNorm",
-        layernorm_epsilon=architecture.norm_epsilon,
-        gated_linear_unit=architecture.gated,
-        activation_func=nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
+        **family_settings(architecture),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,
@@ -104,37 +110,19 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
-        persist_layer_norm=uses_transformer_engine(model.transformer_impl),
+        persist_layer_norm=transformer_engine,
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
         embedding_init_method=_leave_uninitialised,
         calculate_per_token_loss=True,
         **pipeline_settings(model),
         **recompute_settings(model),
-        **fp8_settings(model, transformer_engine=uses_transformer_engine(model.transformer_impl)),
+        **fp8_settings(model, transformer_engine=transformer_engine),
     )
     scaling = concentration_as_scaling_factor(architecture.rope)
     if scaling is not None:
         config.yarn_rotary_scaling_factor = scaling  # read by Megatron's attention
     return config
-
-
-def layer_spec(architecture: Architecture, *, transformer_engine: bool) -> Any:
-    """Spec of one layer: Transformer Engine's, or Megatron's local one with our norm and attention."""
-    if transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
-        spec.submodules.self_attention.submodules.core_attention = SegmentAttention
-        return spec
-    spec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
-    layer = spec.submodules
-    layer.input_layernorm = RMSNorm
-    layer.pre_mlp_layernorm = RMSNorm
-    attention = layer.self_attention.submodules
-    attention.core_attention = SegmentAttention
-    if architecture.qk_norm:
-        attention.q_layernorm = RMSNorm
-        attention.k_layernorm = RMSNorm
-    return spec
 
 
 def build_model(
@@ -160,11 +148,11 @@ def build_model(
 def _build_chunk(
     architecture: Architecture, model: ModelConfig, config: TransformerConfig, vp_stage: int | None
 ) -> GPTModel:
-    transformer_engine = uses_transformer_engine(model.transformer_impl)
+    transformer_engine = uses_transformer_engine(model.transformer_impl, architecture)
     spec = layer_spec(architecture, transformer_engine=transformer_engine)
     if not transformer_engine:
         layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-        spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+        spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm_class(architecture))
     is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     gpt = GPTModel(
         config=config,
@@ -175,11 +163,33 @@ def _build_chunk(
         post_process=is_last,
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="learned_absolute" if architecture.learned_positions else "rope",
         vp_stage=vp_stage,
     )
-    gpt.rotary_pos_emb = PositionedRotaryEmbedding(architecture.rope, architecture.head_dim, config)
-    gpt.rotary_pos_emb.attach(gpt)
+    if not architecture.learned_positions:
+        gpt.rotary_pos_emb = PositionedRotaryEmbedding(
+            architecture.rope, architecture.head_dim, config, windowed=architecture.windowed_rope
+        )
+        gpt.rotary_pos_emb.attach(gpt)
+    if gpt.pre_process:
+        _finish_embedding(gpt.embedding, architecture)
     if is_last:
-        withhold_logits(gpt)
+        withhold_logits(gpt, logit_cap=architecture.logit_cap)
     return gpt.to(torch.cuda.current_device())
+
+
+def _finish_embedding(embedding: Any, architecture: Architecture) -> None:
+    """What Megatron's embedding does not do: the type of its positions, and a scale."""
+    params_dtype = embedding.config.params_dtype
+    if architecture.learned_positions:
+        positions = embedding.position_embeddings.to(params_dtype)
+        last = architecture.max_position_embeddings - 1
+        # padding at a row's end may lie beyond the table
+        positions.register_forward_pre_hook(lambda _, ids: (ids[0].clamp(max=last),))
+    if architecture.embedding_scale is not None:
+        scale = torch.tensor(architecture.embedding_scale, dtype=params_dtype).item()
+
+        def scaled(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            return output * scale
+
+        embedding.register_forward_hook(scaled)

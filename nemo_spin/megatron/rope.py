@@ -23,19 +23,23 @@ def inverse_frequencies(rope: RopeScaling, head_dim: int) -> Tensor:
     2306.15595); llama3: long wavelengths divided by `factor`, short ones kept, those
     between interpolated (the Llama 3.1 model card); yarn: a ramp between kept and
     divided ones over the rotations a channel makes in the original context (arXiv
-    2309.00071, section 3.2).
+    2309.00071, section 3.2); longrope: each divided by a factor of its own (arXiv
+    2402.13753), those of sequences within the original context.
 
     Returns:
-        [head_dim / 2], float32, on the CPU.
+        [channels / 2], float32, on the CPU; of the channels of a head that are rotated.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    channels = rope.rotated_channels(head_dim)
+    exponents = torch.arange(0, channels, 2, dtype=torch.float32, device="cpu") / channels
     plain = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":
         return plain / rope.factor
     if rope.kind == "llama3":
         return _llama3(plain, rope)
     if rope.kind == "yarn":
-        return _yarn(plain, rope, head_dim)
+        return _yarn(plain, rope, channels)
+    if rope.kind == "longrope":
+        return plain / torch.tensor(rope.short_factors, dtype=torch.float32, device="cpu")
     return plain
 
 
@@ -46,27 +50,27 @@ def _llama3(plain: Tensor, rope: RopeScaling) -> Tensor:
     return keep * plain + (1.0 - keep) * plain / rope.factor
 
 
-def _yarn(plain: Tensor, rope: RopeScaling, head_dim: int) -> Tensor:
+def _yarn(plain: Tensor, rope: RopeScaling, channels: int) -> Tensor:
     def channel_with(rotations: float) -> float:
         """Index of the pair of channels that turns `rotations` times in the original context."""
         wavelength = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
-        return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
+        return channels * math.log(wavelength) / (2 * math.log(rope.theta))
 
     low = max(math.floor(channel_with(rope.beta_fast)), 0)
-    high = min(math.ceil(channel_with(rope.beta_slow)), head_dim - 1)
-    indices = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+    high = min(math.ceil(channel_with(rope.beta_slow)), channels - 1)
+    indices = torch.arange(channels // 2, dtype=torch.float32, device="cpu")
     divide = ((indices - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
     return plain * (1.0 - divide) + plain / rope.factor * divide
 
 
 def concentration_as_scaling_factor(rope: RopeScaling) -> float | None:
-    """YaRN's attention factor, in the form Megatron derives it from.
+    """YaRN's and longrope's attention factor, in the form Megatron derives it from.
 
     Megatron multiplies cos and sin by 0.1 ln(s) + 1 of a scaling factor s (arXiv
     2309.00071, eq. 22); this returns the s that gives the model's own factor, or None
     where the factor is 1.
     """
-    if rope.kind != "yarn":
+    if rope.kind not in ("yarn", "longrope"):
         return None
     factor = rope.attention_factor
     if factor is None:
@@ -85,16 +89,21 @@ class PositionedRotaryEmbedding(RotaryEmbedding):
         rope: Frequencies.
         head_dim: Channels of a head.
         config: Megatron's TransformerConfig.
+        windowed: Frequencies of the layers with a window, where they are others.
     """
 
-    def __init__(self, rope: RopeScaling, head_dim: int, config: Any) -> None:
+    def __init__(
+        self, rope: RopeScaling, head_dim: int, config: Any, *, windowed: RopeScaling | None = None
+    ) -> None:
         super().__init__(
             kv_channels=head_dim,
-            rotary_percent=1.0,
+            rotary_percent=rope.partial_rotary_factor,
             rotary_interleaved=config.rotary_interleaved,
             use_cpu_initialization=True,
         )
-        self.inv_freq = inverse_frequencies(rope, head_dim).to(torch.cuda.current_device())
+        kinds = [rope] if windowed is None else [rope, windowed]
+        frequencies = torch.stack([inverse_frequencies(kind, head_dim) for kind in kinds])
+        self.inv_freq = frequencies.to(torch.cuda.current_device())
         self._position_ids: Tensor | None = None
 
     def attach(self, model: nn.Module) -> None:
@@ -106,7 +115,13 @@ class PositionedRotaryEmbedding(RotaryEmbedding):
         model.register_forward_pre_hook(hand_over, with_kwargs=True)
 
     def forward(self, max_seq_len: int, *args: Any, **kwargs: Any) -> Tensor:
-        """Angles of the forward pass in progress. [S, 1, 1, head_dim] float32; rows share positions."""
+        """Angles of the forward pass in progress; rows share positions.
+
+        Returns:
+            [S, 1, 1, rotated channels] float32; [2, S, 1, 1, rotated channels] where layers with a
+            window turn by others, which are the second.
+        """
         assert self._position_ids is not None, "attach() comes before the first forward pass"
-        angles = torch.outer(self._position_ids[0].float(), self.inv_freq)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        angles = self._position_ids[0].float()[None, :, None] * self.inv_freq[:, None, :]
+        angles = torch.cat((angles, angles), dim=-1)[:, :, None, None, :]
+        return angles[0] if len(angles) == 1 else angles

@@ -25,8 +25,10 @@ _LOGITS_PER_BLOCK = 1 << 24  # float32 logits of this rank alive at a time: 64 M
 _TOKENS_PER_BLOCK = 1 << 12  # at most; more would make blocks too narrow for fast products
 
 
-def withhold_logits(gpt: Any) -> None:
+def withhold_logits(gpt: Any, *, logit_cap: float | None = None) -> None:
     """Makes a GPTModel of the last stage return its hidden states in place of logits.
+
+    Its `logit_cap` tells whoever forms logits that they are capped (see `logps_without_logits`).
 
     GPTModel applies its output layer to every position. Its output layer keeps its
     weight, its checkpoint entries and its place; only its forward is the identity here.
@@ -38,6 +40,7 @@ def withhold_logits(gpt: Any) -> None:
         return input_, None
 
     gpt.output_layer.forward = identity
+    gpt.logit_cap = logit_cap
 
 
 def output_weight(gpt: Any) -> Tensor:
@@ -59,6 +62,7 @@ def response_logps(
     vocab_size: int,
     sequence_parallel: bool,
     tp_group: Any,
+    logit_cap: float | None = None,
 ) -> Tensor:
     """Log-probabilities of the response tokens of a microbatch. All ranks of `tp_group` must call.
 
@@ -69,6 +73,7 @@ def response_logps(
         targets: [N] int64; see `logps_without_logits`.
         vocab_size: Rows of the vocabulary that are tokens.
         sequence_parallel: Whether the positions of `hidden_states` are split over the group.
+        logit_cap: See `logps_without_logits`.
 
     Returns:
         [N] float32, the same on all ranks of the group.
@@ -82,11 +87,19 @@ def response_logps(
     else:
         chosen = hidden_states.flatten(0, 1).index_select(0, positions)
         chosen = copy_to_tensor_model_parallel_region(chosen, group=tp_group)
-    return logps_without_logits(chosen, weight, targets, vocab_size=vocab_size, tp_group=tp_group)
+    return logps_without_logits(
+        chosen, weight, targets, vocab_size=vocab_size, tp_group=tp_group, logit_cap=logit_cap
+    )
 
 
 def logps_without_logits(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, tp_group: Any
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    tp_group: Any,
+    logit_cap: float | None = None,
 ) -> Tensor:
     """log softmax(hidden @ weight^T)[target] over a vocabulary split over ranks.
 
@@ -103,25 +116,35 @@ def logps_without_logits(
         targets: [N] int64, ids below `vocab_size`.
         vocab_size: Rows at and above it pad the vocabulary: probability 0, gradient 0.
         tp_group: Tensor-parallel process group.
+        logit_cap: Logits z become cap * tanh(z / cap) (arXiv 2408.00118); None: they do not.
 
     Returns:
         [N] float32; statistics and sums are float32 whatever the inputs.
     """
-    result: Tensor = _LogpsWithoutLogits.apply(hidden, weight, targets, vocab_size, tp_group)
+    result: Tensor = _LogpsWithoutLogits.apply(hidden, weight, targets, vocab_size, tp_group, logit_cap)
     return result
 
 
 class _LogpsWithoutLogits(torch.autograd.Function):
-    """With p = softmax(z), d log p[target] / dz = onehot(target) - p, formed again block by block."""
+    """With p = softmax(z), d log p[target] / dz = onehot(target) - p, formed again block by block.
+
+    Where z = cap * tanh(y / cap), dz/dy = 1 - (z / cap)^2.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tp_group: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        tp_group: Any,
+        logit_cap: float | None,
     ) -> Tensor:
         first = distributed.get_rank(tp_group) * weight.shape[0]
         tokens = weight[: max(vocab_size - first, 0)]  # without rows that only pad the vocabulary
         local = targets - first
-        blocks = _Blocks(hidden, tokens, local)
+        blocks = _Blocks(hidden, tokens, local, logit_cap)
         # The sum of exp(z - maximum) over the rows seen so far, kept while the maximum rises.
         maximum = hidden.new_full(targets.shape, float("-inf"), dtype=torch.float32)
         total, picked = torch.zeros_like(maximum), torch.zeros_like(maximum)
@@ -140,29 +163,31 @@ class _LogpsWithoutLogits(torch.autograd.Function):
         distributed.all_reduce(picked, group=tp_group)
         log_normaliser = total.log_().add_(highest)
         ctx.save_for_backward(hidden, weight, log_normaliser, local)
-        ctx.num_tokens = tokens.shape[0]
+        ctx.num_tokens, ctx.logit_cap = tokens.shape[0], logit_cap
         return picked - log_normaliser
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         hidden, weight, log_normaliser, local = ctx.saved_tensors
-        blocks = _Blocks(hidden, weight[: ctx.num_tokens], local)
+        blocks = _Blocks(hidden, weight[: ctx.num_tokens], local, ctx.logit_cap)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
         for part, rows in blocks:
             grad = grads[0][part]
             is_here, column = blocks.targets(part, rows)
+            logits = blocks.logits(part, rows)
+            slopes = None if ctx.logit_cap is None else 1.0 - (logits / ctx.logit_cap).square_()
             # in place: logits -> probabilities -> gradient of the logits
-            grad_logits = (
-                blocks.logits(part, rows).sub_(log_normaliser[part, None]).exp_().mul_(-grad[:, None])
-            )
+            grad_logits = logits.sub_(log_normaliser[part, None]).exp_().mul_(-grad[:, None])
             grad_logits.scatter_add_(-1, column, torch.where(is_here, grad, 0.0)[:, None])
+            if slopes is not None:
+                grad_logits.mul_(slopes)
             grad_logits = grad_logits.to(hidden.dtype)
             _add_product(grad_hidden[part], grad_logits, weight[rows])
             if grad_weight is not None:
                 _add_product(grad_weight.sum[rows], grad_logits.t(), hidden[part])
         returned = grad_weight.finish() if grad_weight is not None else None
-        return grad_hidden.to(hidden.dtype), returned, None, None, None
+        return grad_hidden.to(hidden.dtype), returned, None, None, None, None
 
 
 class _Blocks:
@@ -172,9 +197,11 @@ class _Blocks:
         hidden: [N, H].
         weight: [V', H]; rows of this rank that are tokens.
         local: [N] int64; targets as rows of `weight`, out of range where they are another rank's.
+        logit_cap: See `logps_without_logits`.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, local: Tensor) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, local: Tensor, logit_cap: float | None) -> None:
+        self._logit_cap = logit_cap
         self._hidden, self._weight, self._local = hidden, weight, local
         self._num_tokens = min(max(hidden.shape[0], 1), _TOKENS_PER_BLOCK)
         self._num_rows = min(max(_LOGITS_PER_BLOCK // self._num_tokens, 1), max(weight.shape[0], 1))
@@ -191,8 +218,12 @@ class _Blocks:
         shape = hidden.shape[0], weight.shape[0]
         logits = self._buffer[: shape[0] * shape[1]].view(shape)
         if hidden.dtype == logits.dtype:
-            return torch.mm(hidden, weight.t(), out=logits)
-        return logits.copy_(hidden @ weight.t())
+            torch.mm(hidden, weight.t(), out=logits)
+        else:
+            logits.copy_(hidden @ weight.t())
+        if self._logit_cap is not None:
+            logits.div_(self._logit_cap).tanh_().mul_(self._logit_cap)
+        return logits
 
     def targets(self, part: slice, rows: slice) -> tuple[Tensor, Tensor]:
         """[n] bool, whether a token's target is among `rows`, and [n, 1] int64, which one (or 0)."""

@@ -81,7 +81,7 @@ def check_model(config: Config, model_dir: Path) -> None:
         num_query_groups=architecture.num_query_groups,
         ffn_hidden_size=architecture.ffn_hidden_size,
         vocab_size=architecture.vocab_size,
-        sliding_window=architecture.sliding_window,
+        longest_sequence=architecture.longest_sequence,
     )
     check_fp8_fits(
         config,

@@ -43,13 +43,13 @@ def make_model(directory: Path, family: str = "llama", **settings: Any) -> Path:
     return directory
 
 
-def make_pairs(num_rows: int, seed: int = 3) -> pa.Table:
+def make_pairs(num_rows: int, seed: int = 3, vocab_size: int = VOCAB_SIZE) -> pa.Table:
     """Prompts and two responses each, of different lengths, without opponent values."""
     generator = np.random.default_rng(seed)
 
     def column(low: int, high: int) -> pa.Array:
         sizes = generator.integers(low, high, num_rows)
-        return pa.array([generator.integers(3, VOCAB_SIZE, size).tolist() for size in sizes], IDS)
+        return pa.array([generator.integers(3, vocab_size, size).tolist() for size in sizes], IDS)
 
     return pa.table({"prompt_ids": column(1, 9), "real_ids": column(1, 12), "generated_ids": column(1, 12)})
 

@@ -11,12 +11,19 @@ from nemo_spin.megatron.architecture import Architecture
 
 def families() -> tuple[Family, ...]:
     """All families, one table each."""
+    from nemo_spin.bridge.families.gemma2 import GEMMA2
+    from nemo_spin.bridge.families.gemma3 import GEMMA3
+    from nemo_spin.bridge.families.gpt2 import GPT2
+    from nemo_spin.bridge.families.gpt_neo import GPT_NEO
+    from nemo_spin.bridge.families.gpt_neox import GPT_NEOX
     from nemo_spin.bridge.families.llama import LLAMA
     from nemo_spin.bridge.families.mistral import MISTRAL
+    from nemo_spin.bridge.families.olmo2 import OLMO2
+    from nemo_spin.bridge.families.phi3 import PHI3
     from nemo_spin.bridge.families.qwen2 import QWEN2
     from nemo_spin.bridge.families.qwen3 import QWEN3
 
-    return (LLAMA, MISTRAL, QWEN2, QWEN3)
+    return (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OLMO2, GPT2, GPT_NEOX, GPT_NEO)
 
 
 def family_of(architecture: Architecture) -> Family:

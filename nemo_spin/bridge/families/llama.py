@@ -43,6 +43,30 @@ LAYER = (
         ("hidden_size", "ffn_hidden_size"),
     ),
 )
+QKV_BIAS = (
+    QueryKeyValue(
+        f"{_DECODER}.self_attention.linear_qkv.bias",
+        query=f"{_HF}.self_attn.q_proj.bias",
+        key=f"{_HF}.self_attn.k_proj.bias",
+        value=f"{_HF}.self_attn.v_proj.bias",
+    ),
+)
+ATTENTION_BIASES = {  # `attention_bias` gives all four of attention's layers one
+    "qkv_bias": QKV_BIAS,
+    "attention_output_bias": (
+        Replicated(
+            f"{_DECODER}.self_attention.linear_proj.bias", f"{_HF}.self_attn.o_proj.bias", ("hidden_size",)
+        ),
+    ),
+}
+MLP_BIASES = (
+    ColumnParallel(
+        f"{_DECODER}.mlp.linear_fc1.bias",
+        (f"{_HF}.mlp.gate_proj.bias", f"{_HF}.mlp.up_proj.bias"),
+        ("ffn_hidden_size",),
+    ),
+    Replicated(f"{_DECODER}.mlp.linear_fc2.bias", f"{_HF}.mlp.down_proj.bias", ("hidden_size",)),
+)
 FINAL = (Replicated("decoder.final_layernorm.weight", "model.norm.weight", ("hidden_size",)),)
 OUTPUT_LAYER = VocabularyParallel("output_layer.weight", "lm_head.weight")
 
@@ -53,6 +77,7 @@ LLAMA = Family(
     layer=LAYER,
     final=FINAL,
     output_layer=OUTPUT_LAYER,
+    optional={**ATTENTION_BIASES, "mlp_bias": MLP_BIASES},
     defaults={
         "num_key_value_heads": None,  # as many as query heads
         "head_dim": None,  # hidden_size / num_attention_heads

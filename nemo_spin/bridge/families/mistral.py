@@ -1,4 +1,4 @@
-"""Mistral (7B and its kin); its sliding window is recorded, the provider decides about it."""
+"""Mistral (7B and its kin); with a sliding window in every layer, where there is one."""
 
 from __future__ import annotations
 

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from nemo_spin.bridge.families.llama import EMBEDDING, FINAL, LAYER, OUTPUT_LAYER
+from nemo_spin.bridge.families.llama import ATTENTION_BIASES, EMBEDDING, FINAL, LAYER, OUTPUT_LAYER
 from nemo_spin.bridge.families.table import Family
 from nemo_spin.bridge.mappings import Replicated
+
+QK_NORMS = (
+    Replicated(
+        "decoder.layers.{layer}.self_attention.q_layernorm.weight",
+        "model.layers.{layer}.self_attn.q_norm.weight",
+        ("head_dim",),
+    ),
+    Replicated(
+        "decoder.layers.{layer}.self_attention.k_layernorm.weight",
+        "model.layers.{layer}.self_attn.k_norm.weight",
+        ("head_dim",),
+    ),
+)
 
 QWEN3 = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
     embedding=EMBEDDING,
-    layer=(
-        *LAYER,
-        Replicated(
-            "decoder.layers.{layer}.self_attention.q_layernorm.weight",
-            "model.layers.{layer}.self_attn.q_norm.weight",
-            ("head_dim",),
-        ),
-        Replicated(
-            "decoder.layers.{layer}.self_attention.k_layernorm.weight",
-            "model.layers.{layer}.self_attn.k_norm.weight",
-            ("head_dim",),
-        ),
-    ),
+    layer=(*LAYER, *QK_NORMS),
     final=FINAL,
     output_layer=OUTPUT_LAYER,
-    qk_norm=True,
+    optional=ATTENTION_BIASES,
+    fixed={"qk_norm": True},
     defaults={
         "num_key_value_heads": 32,
         "head_dim": 128,

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Mapping as Values
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nemo_spin.bridge.hf_rope import read_rope
 from nemo_spin.bridge.mappings import Mapping, Shape, VocabularyParallel
 from nemo_spin.megatron.architecture import Architecture
+
+
+def read_one_rope(values: Values[str, Any], architecture: Architecture) -> Values[str, Any]:
+    """What most families say beyond what all say: their rotary embedding."""
+    rope = read_rope(
+        values, max_positions=architecture.max_position_embeddings, head_dim=architecture.head_dim
+    )
+    return {"rope": rope}
 
 
 @dataclass(frozen=True)
@@ -21,9 +30,17 @@ class Family:
         embedding, layer, final: Mappings before, in (`{layer}`) and after the layers, in
             the order in which tensors are exported.
         output_layer: Mapping of the output layer where it is not the embedding.
+        positions: Mappings of learned positions.
+        optional: Flags of `Architecture` -> mappings in each layer of models that have them.
         defaults: Values of configuration keys that config.json may leave out, as the
             family's configuration class has them.
-        qkv_bias, qk_norm: See `Architecture`.
+        keys: This file's spelling of a configuration key (Llama's) -> the family's own.
+        allowed: More keys, with the only values that can be expressed.
+        activations: Values of `hidden_act` that the family has.
+        mlp_multiple: Width of the MLP in hidden sizes, where config.json may leave it out.
+        fixed: Attributes of `Architecture` that are the same for all models of the family.
+        read: Further attributes, from config.json's values and the architecture without them.
+        optional_prefix: Start of stored names that some checkpoints leave out.
         ignored_tensors: Endings of stored names that hold no weights (old buffers).
     """
 
@@ -33,16 +50,30 @@ class Family:
     layer: tuple[Mapping, ...]
     final: tuple[Mapping, ...]
     output_layer: VocabularyParallel
+    positions: tuple[Mapping, ...] = ()
+    optional: Values[str, tuple[Mapping, ...]] = field(default_factory=dict)
     defaults: Values[str, Any] = field(default_factory=dict)
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    keys: Values[str, str] = field(default_factory=dict)
+    allowed: Values[str, tuple[Any, ...]] = field(default_factory=dict)
+    activations: tuple[str, ...] = ("silu", "swish")
+    mlp_multiple: int | None = None
+    fixed: Values[str, Any] = field(default_factory=dict)
+    read: Callable[[Values[str, Any], Architecture], Values[str, Any]] = read_one_rope
+    optional_prefix: str = ""
     ignored_tensors: tuple[str, ...] = (".rotary_emb.inv_freq",)
+
+    def layer_mappings(self, architecture: Architecture) -> tuple[Mapping, ...]:
+        """Those in each layer of this model."""
+        optional = (rows for flag, rows in self.optional.items() if getattr(architecture, flag))
+        return (*self.layer, *(mapping for rows in optional for mapping in rows))
 
     def mappings(self, architecture: Architecture) -> Iterator[Mapping]:
         """All mappings of the whole model, in the order of export."""
         yield self.embedding
+        yield from self.positions
+        in_layer = self.layer_mappings(architecture)
         for layer in range(architecture.num_layers):
-            for mapping in self.layer:
+            for mapping in in_layer:
                 yield mapping.at_layer(layer)
         yield from self.final
         if not architecture.tie_word_embeddings:
@@ -69,8 +100,9 @@ class Family:
             layer: Number of its layer in the whole model; None outside the layers.
         """
         if layer is not None:
-            return next((m.at_layer(layer) for m in self.layer if m.megatron == name), None)
+            in_layer = self.layer_mappings(architecture)
+            return next((m.at_layer(layer) for m in in_layer if m.megatron == name), None)
         if name == self.output_layer.megatron and architecture.tie_word_embeddings:
             return replace(self.embedding, megatron=name)  # the last stage's copy
-        outside = (self.embedding, *self.final, self.output_layer)
+        outside = (self.embedding, *self.positions, *self.final, self.output_layer)
         return next((mapping for mapping in outside if mapping.megatron == name), None)

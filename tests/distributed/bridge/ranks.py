@@ -96,9 +96,59 @@ def logits(tp_size: int, source: Path, ids: list[list[int]]) -> Any:
     with torch.no_grad():
         hidden_states = chunks[0](tokens, positions, attention_mask=None)
         own = (hidden_states @ output_weight(chunks[0]).T).contiguous()
+        if chunks[0].logit_cap is not None:
+            own = chunks[0].logit_cap * torch.tanh(own / chunks[0].logit_cap)
     parts = [torch.empty_like(own) for _ in range(tp_size)]
     torch.distributed.all_gather(parts, own, group=parallel_state.get_tensor_model_parallel_group())
     return torch.cat(parts, dim=-1)[..., : architecture.vocab_size].cpu().numpy()
+
+
+def step(model: dict[str, Any], source: Path, table: Any, gradients: Path) -> list[tuple[float, float]]:
+    """Scores all rows of `table`, then writes one step's gradients as if they were weights."""
+    from functools import partial
+
+    import numpy as np
+    import torch
+
+    from nemo_spin.bridge.export_hf import export_weights
+    from nemo_spin.bridge.families import architecture_of
+    from nemo_spin.bridge.import_hf import load_weights
+    from nemo_spin.config.schema import ModelConfig
+    from nemo_spin.data.datasets import Units
+    from nemo_spin.data.progress import SilentProgress
+    from nemo_spin.megatron import provider, runtime
+    from nemo_spin.megatron.engine import Engine, layout_of
+    from nemo_spin.megatron.forward_step import SPIN_SUMS, spin_loss
+    from nemo_spin.megatron.optimizers import build_optimizer, wrap_for_training
+    from nemo_spin.objective.objective import build_objective
+
+    config = ModelConfig(path=str(source), micro_batch_tokens=60, **model)
+    config.optim.clip_grad = 0.0
+    place = runtime.initialize(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        seed=1,
+        timeout_s=60,
+    )
+    architecture = architecture_of(source)
+    chunks = provider.build_model(architecture, config, params_dtype=torch.float32)
+    load_weights(chunks, source, architecture)
+    wrapped = wrap_for_training(chunks, distributed_optimizer=False)
+    optimizer = build_optimizer(wrapped, config.optim, lr=1e-3, params_dtype=torch.float32, distributed=False)
+    engine = Engine(wrapped, place, architecture.vocab_size, layout_of(config), optimizer)
+    units = Units(table)
+    everything = np.arange(units.num_units)
+    scored = engine.score(units, everything)
+    loss = partial(spin_loss, objective=build_objective(loss="logistic", beta=0.1))
+    engine.backward(units, everything, loss=loss, names=SPIN_SUMS)
+    with torch.no_grad():
+        for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+            parameter.copy_(parameter.main_grad)
+    export_weights(
+        chunks, architecture=architecture, source_dir=source, out_dir=gradients, progress=SilentProgress()
+    )
+    return [scored[row] for row in range(table.num_rows)]
 
 
 def gate_after_change(tp_size: int, pp_size: int, source: Path, target: Path) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,63 +14,164 @@ from hypothesis import strategies as st
 
 from nemo_spin.bridge.families import architecture_of, families, family_of
 from nemo_spin.errors import CheckpointError
-from tests.unit.bridge.checkpoints import CLASSES, COMMON, config_of, edit_config
+from tests.unit.bridge.checkpoints import CLASSES, COMMON, SAVED_AS, config_of, edit_config
 
 _DIRECTORY = tempfile.TemporaryDirectory()
 
 
 def _directory(tmp_path: Path, family: str, **settings: Any) -> Path:
-    config = config_of(family, architectures=[f"{CLASSES[family]}ForCausalLM"], **settings)
+    config = config_of(family, architectures=[CLASSES[family][1]], **settings)
     config.save_pretrained(tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize(("family", "tied"), [(family, tied) for family in CLASSES for tied in (False, True)])
 def test_names_and_shapes_are_those_that_transformers_saves(tmp_path: Path, family: str, tied: bool) -> None:
     architecture = architecture_of(_directory(tmp_path, family, tie_word_embeddings=tied))
     with torch.device("meta"):
-        model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(
-            config_of(family, tie_word_embeddings=tied)
-        )
-    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+        model = getattr(transformers, CLASSES[family][1])(config_of(family, tie_word_embeddings=tied))
+    names = SAVED_AS.get(family, {})
+    expected = {names.get(name, name): tuple(tensor.shape) for name, tensor in model.named_parameters()}
     assert family_of(architecture).stored_shapes(architecture) == expected
+
+
+HEAD_DIMS = {"llama": 8, "mistral": 10, "qwen3": 6, "gemma2": 10, "gemma3": 10}
+LAYER_NORMS = ("gpt2", "gpt_neox", "gpt_neo")
+OWN_KEYS = {"gpt2": "layer_norm_epsilon", "gpt_neo": "layer_norm_epsilon", "gpt_neox": "layer_norm_eps"}
+WINDOWS = {
+    "mistral": (7, 7),
+    "qwen2": (None, 6),
+    "gemma2": (5, None),
+    "gemma3": (None, 5),
+    "phi3": (9, 9),
+    "gpt_neo": (None, 5),
+}
 
 
 @pytest.mark.parametrize("family", CLASSES)
 def test_the_configuration_is_read_completely(tmp_path: Path, family: str) -> None:
+    epsilon = {OWN_KEYS.get(family, "rms_norm_eps"): 3e-5}
     architecture = architecture_of(
-        _directory(tmp_path, family, rms_norm_eps=3e-5, eos_token_id=[5, 7], dtype="bfloat16")
+        _directory(tmp_path, family, eos_token_id=[5, 7], dtype="bfloat16", **epsilon)
     )
-    assert (architecture.family, architecture.hf_architecture) == (family, f"{CLASSES[family]}ForCausalLM")
+    assert (architecture.family, architecture.hf_architecture) == (family, CLASSES[family][1])
     assert architecture.num_layers == COMMON["num_hidden_layers"]
-    assert architecture.ffn_hidden_size == COMMON["intermediate_size"]
-    assert (architecture.num_attention_heads, architecture.num_query_groups) == (6, 2)
-    assert architecture.head_dim == {"llama": 8, "mistral": 10, "qwen2": 4, "qwen3": 6}[family]
+    assert architecture.ffn_hidden_size == 36
+    has_groups = family not in LAYER_NORMS
+    assert (architecture.num_attention_heads, architecture.num_query_groups) == (6, 2 if has_groups else 6)
+    assert architecture.head_dim == HEAD_DIMS.get(family, 4)
     assert architecture.norm_epsilon == 3e-5
     assert (architecture.bos_token_id, architecture.eos_token_ids) == (1, (5, 7))
     assert architecture.torch_dtype == "bfloat16"
-    assert (architecture.qkv_bias, architecture.qk_norm) == (family == "qwen2", family == "qwen3")
-    assert architecture.sliding_window is None  # Mistral's 4096 is longer than its 64 positions
+    assert architecture.qkv_bias == (family in ("qwen2", "gpt2", "gpt_neox"))
+    assert architecture.attention_output_bias == architecture.mlp_bias == (family in LAYER_NORMS)
+    assert (architecture.qk_norm, architecture.whole_qk_norm) == (
+        family in ("qwen3", "gemma3"),
+        family == "olmo2",
+    )
+    assert architecture.gated == (architecture.normalization == "rms") == (family not in LAYER_NORMS)
+    assert architecture.windows == WINDOWS.get(family, ())
+    assert architecture.max_position_embeddings == COMMON["max_position_embeddings"]
+
+
+def test_gemma_is_read_completely(tmp_path: Path) -> None:
+    read = architecture_of(_directory(tmp_path, "gemma2"))
+    assert (read.attention_logit_cap, read.logit_cap) == (3.0, 4.0)
+    assert read.embedding_scale == pytest.approx(4.898979485566356)  # sqrt 24
+    assert read.softmax_scale == pytest.approx(0.24253562503633297)  # 1 / sqrt 17
+    assert (read.activation, read.zero_centered_norms, read.pre_norms, read.post_norms) == (
+        "gelu_tanh",
+        True,
+        True,
+        True,
+    )
+    assert read.windowed_rope is None
+    other = architecture_of(_directory(tmp_path, "gemma3"))
+    assert (other.attention_logit_cap, other.logit_cap) == (None, 5.0)
+    assert (other.rope.kind, other.rope.factor, other.rope.theta) == ("linear", 2.0, 1e6)
+    assert other.windowed_rope is not None
+    assert (other.windowed_rope.kind, other.windowed_rope.theta) == ("default", 5e3)
+
+
+def test_old_spellings_of_gemma_3s_two_rotary_embeddings(tmp_path: Path) -> None:
+    _directory(tmp_path, "gemma3", num_hidden_layers=4, layer_types=["full_attention"] * 4)
+    edit_config(
+        tmp_path,
+        remove=("rope_parameters", "layer_types"),
+        rope_theta=2e6,
+        rope_local_base_freq=3e4,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+        sliding_window_pattern=3,
+    )
+    read = architecture_of(tmp_path)
+    assert read.windows == (5, 5, None, 5)
+    assert (read.rope.theta, read.rope.kind, read.rope.factor) == (2e6, "linear", 8.0)
+    assert read.windowed_rope is not None
+    assert (read.windowed_rope.theta, read.windowed_rope.kind) == (3e4, "default")
+
+
+def test_longrope_is_read_for_the_original_context(tmp_path: Path) -> None:
+    read = architecture_of(_directory(tmp_path, "phi3"))
+    assert (read.rope.kind, read.rope.short_factors) == ("longrope", (1.3,))
+    assert read.rope.partial_rotary_factor == 0.5
+    # sqrt(1 + ln(64 / 48) / ln 48)
+    assert read.rope.attention_factor == pytest.approx(1.0364909, abs=1e-6)
+    assert read.longest_sequence is not None
+    assert read.longest_sequence[0] == 48
+
+
+def test_old_spellings_of_neox(tmp_path: Path) -> None:
+    _directory(tmp_path, "gpt_neox")
+    edit_config(tmp_path, remove=("rope_parameters",), rotary_pct=0.5, rotary_emb_base=2e4)
+    read = architecture_of(tmp_path)
+    assert (read.rope.theta, read.rope.partial_rotary_factor) == (2e4, 0.5)
+    assert read.parallel_residual
+
+
+def test_learned_positions_end_where_they_were_learned(tmp_path: Path) -> None:
+    for family, scale in (("gpt2", 1.0), ("gpt_neo", 1.0)):
+        read = architecture_of(_directory(tmp_path, family))
+        assert read.learned_positions
+        assert read.softmax_scale == scale
+        assert read.longest_sequence is not None
+        assert read.longest_sequence[0] == 64
+    edit_config(tmp_path, intermediate_size=None)
+    assert architecture_of(tmp_path).ffn_hidden_size == 96
 
 
 @pytest.mark.parametrize("family", [family.name for family in families()])
 def test_keys_left_out_mean_what_the_class_says(tmp_path: Path, family: str) -> None:
-    config = getattr(transformers, f"{CLASSES[family]}Config")()
-    counts = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    stated = {name: getattr(config, name) for name in counts}
-    (tmp_path / "config.json").write_text(
-        json.dumps({**stated, "architectures": [f"{CLASSES[family]}ForCausalLM"]})
-    )
+    config = getattr(transformers, CLASSES[family][0])()
+    own = family_of(_stub(family)).keys
+    names = [
+        own.get(name, name)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    ]
+    if family not in ("gpt2", "gpt_neo"):
+        names.append("intermediate_size")
+    stated = {name: getattr(config, name) for name in names}
+    (tmp_path / "config.json").write_text(json.dumps({**stated, "architectures": [CLASSES[family][1]]}))
     architecture = architecture_of(tmp_path)
-    assert architecture.num_query_groups == config.num_key_value_heads
-    assert architecture.head_dim == (getattr(config, "head_dim", None) or 4096 // 32)
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    assert architecture.num_query_groups == groups
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assert architecture.head_dim == head_dim
     assert architecture.max_position_embeddings == config.max_position_embeddings
-    assert architecture.norm_epsilon == config.rms_norm_eps
+    assert architecture.norm_epsilon == getattr(config, own.get("rms_norm_eps", "rms_norm_eps"))
     assert architecture.tie_word_embeddings == config.tie_word_embeddings
     assert architecture.bos_token_id == config.bos_token_id
-    assert architecture.sliding_window == (4096 if family == "mistral" else None)
-    assert architecture.rope.theta == 10000.0
+    first = {"mistral": 4096, "gemma2": 4096, "gemma3": 4096, "gpt_neo": None}.get(family)
+    assert next(iter(architecture.windows), None) == first
+    if family == "gpt_neo":
+        assert architecture.windows == (None, 256) * 12
+    if family == "gemma3":
+        assert architecture.windows == ((4096,) * 5 + (None,)) * 4 + (4096, 4096)
+    assert architecture.rope.theta == (1e6 if family == "gemma3" else 10000.0)
+    assert architecture.rope.partial_rotary_factor == (0.25 if family == "gpt_neox" else 1.0)
+
+
+def _stub(family: str) -> Any:
+    return types.SimpleNamespace(family=family)
 
 
 ROPES: list[dict[str, Any]] = [
@@ -128,38 +230,48 @@ def test_generation_config_adds_ends_of_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "window"),
+    ("family", "settings", "windows"),
     [
-        ("mistral", {"sliding_window": 16}, 16),
-        ("mistral", {"sliding_window": None}, None),
-        ("mistral", {"sliding_window": 64}, None),
-        ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, None),
-        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, 16),
-        ("qwen3", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}, None),
+        ("mistral", {"sliding_window": 16}, (16, 16)),
+        ("mistral", {"sliding_window": None}, ()),
+        ("mistral", {"sliding_window": 64}, ()),  # as long as the context: hides nothing
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, ()),
+        (
+            "qwen2",
+            {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1},
+            (None, 16),
+        ),
+        ("qwen3", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}, ()),
+        ("gemma3", {"layer_types": ["sliding_attention", "full_attention"]}, (5, None)),
     ],
 )
-def test_a_window_is_recorded_where_some_layer_has_it(
-    tmp_path: Path, family: str, settings: dict[str, Any], window: int | None
+def test_each_layer_has_its_window(
+    tmp_path: Path, family: str, settings: dict[str, Any], windows: tuple[int | None, ...]
 ) -> None:
-    assert architecture_of(_directory(tmp_path, family, **settings)).sliding_window == window
+    assert architecture_of(_directory(tmp_path, family, **settings)).windows == windows
 
 
 @pytest.mark.parametrize(
     ("values", "named"),
     [
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": "yes"}, "attention_bias"),
+        (
+            {"sliding_window": 4, "use_sliding_window": True, "layer_types": ["chunked_attention"]},
+            "layer_types",
+        ),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.4}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "short_factor"),
         ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "rope_scaling"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "two"}}, "factor"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0.5}}, "attention_factor"),
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM"),
         ({"architectures": None}, "architectures"),
         ({"architectures": ["LlamaModel"]}, "LlamaModel"),
         ({"num_hidden_layers": "many"}, "num_hidden_layers"),
@@ -175,6 +287,35 @@ def test_what_cannot_be_expressed_is_refused_by_its_name(
     tmp_path: Path, values: dict[str, Any], named: str
 ) -> None:
     edit_config(_directory(tmp_path, "llama"), **values)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        architecture_of(tmp_path)
+    assert "remedy:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "named"),
+    [
+        ("mistral", {"attention_bias": True}, "attention_bias"),
+        ("gemma2", {"hidden_activation": "silu"}, "hidden_act"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma2", {"attn_logit_softcapping": -1}, "attn_logit_softcapping"),
+        ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2}}}, "rope_param"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1, 2, 3]}}, "short_factor"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": ["a"] * 2}}, "short_factor"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("gpt2", {"activation_function": "tanh"}, "hidden_act"),
+        ("gpt_neo", {"attention_types": [[["global"], 3]]}, "attention_types"),
+        ("gpt_neo", {"attention_types": [[["near"], 2]]}, "attention_types"),
+        ("gpt_neo", {"attention_types": 5}, "attention_types"),
+        ("gpt_neo", {"window_size": "wide"}, "window_size"),
+        ("gpt_neox", {"use_parallel_residual": "yes"}, "use_parallel_residual"),
+    ],
+)
+def test_what_cannot_be_expressed_of_a_family_is_refused_by_its_name(
+    tmp_path: Path, family: str, values: dict[str, Any], named: str
+) -> None:
+    edit_config(_directory(tmp_path, family), **values)
     with pytest.raises(CheckpointError, match=named) as caught:
         architecture_of(tmp_path)
     assert "remedy:" in str(caught.value)
@@ -207,6 +348,15 @@ _KEYS = [
     "quantization_config",
     "partial_rotary_factor",
     "original_max_position_embeddings",
+    "sliding_window_pattern",
+    "query_pre_attn_scalar",
+    "final_logit_softcapping",
+    "attention_types",
+    "window_size",
+    "n_embd",
+    "n_inner",
+    "rotary_pct",
+    "use_parallel_residual",
 ]
 _ROPE_KEYS = [
     "rope_type",
@@ -217,6 +367,9 @@ _ROPE_KEYS = [
     "mscale_all_dim",
     "beta_fast",
     "beta_slow",
+    "short_factor",
+    "original_max_position_embeddings",
+    "full_attention",
 ]
 _VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
@@ -236,7 +389,7 @@ def test_a_value_of_any_kind_is_read_or_refused(
 ) -> None:
     config: dict[str, Any] = {
         **COMMON,
-        "architectures": [f"{CLASSES[family]}ForCausalLM"],
+        "architectures": [CLASSES[family][1]],
         "use_sliding_window": True,
     }
     if rope is not None:

@@ -5,6 +5,8 @@ import pytest
 
 from nemo_spin.bridge.mappings import (
     ColumnParallel,
+    FusedColumnParallel,
+    FusedQueryKeyValue,
     Mapping,
     QueryKeyValue,
     Region,
@@ -12,6 +14,7 @@ from nemo_spin.bridge.mappings import (
     RowParallel,
     Share,
     VocabularyParallel,
+    transposed,
 )
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture
@@ -38,6 +41,14 @@ KINDS = [
     RowParallel("proj", "hf.proj", ("hidden_size", "query_size")),
     QueryKeyValue("qkv", "hf.q", "hf.k", "hf.v", ("hidden_size",)),
     QueryKeyValue("qkv.bias", "hf.q.bias", "hf.k.bias", "hf.v.bias"),
+    FusedColumnParallel("gate_up", "hf.gate_up", 2, ("ffn_hidden_size", "hidden_size")),
+    FusedQueryKeyValue("fused_qkv", "hf.qkv", ("hidden_size",)),
+    FusedQueryKeyValue("fused_qkv.bias", "hf.qkv.bias"),
+    ColumnParallel("heads", ("hf.heads",), ("query_key_value_size", "hidden_size")),
+    ColumnParallel("query_norm", ("hf.query_norm",), ("query_size",)),
+    transposed(FusedQueryKeyValue("conv_qkv", "hf.conv_qkv", ("hidden_size",))),
+    transposed(ColumnParallel("conv_fc", ("hf.conv_fc",), ("ffn_hidden_size", "hidden_size"))),
+    transposed(RowParallel("conv_proj", "hf.conv_proj", ("hidden_size", "query_size"))),
 ]
 
 
@@ -63,7 +74,8 @@ def _parameter(mapping: Mapping, stored: dict[str, np.ndarray], share: Share) ->
     parameter = np.zeros(mapping.local_shape(ARCHITECTURE, share, rows), dtype=np.int64)
     for piece in mapping.pieces(ARCHITECTURE, share, rows):
         assert (parameter[_index(piece.local)] == 0).all(), "a piece lies over another"
-        parameter[_index(piece.local)] = stored[piece.tensor][_index(piece.stored)]
+        values = stored[piece.tensor][_index(piece.stored)]
+        parameter[_index(piece.local)] = values.T if piece.transposed else values
     return parameter
 
 
@@ -80,7 +92,8 @@ def test_what_is_written_back_is_what_was_read(mapping: Mapping, tp_size: int) -
         for piece in mapping.pieces(ARCHITECTURE, share, _vocab_rows(tp_size)):
             target = written[piece.tensor][_index(piece.stored)]
             assert (target == 0).all(), "two ranks write the same values"
-            target[...] = parameter[_index(piece.local)]
+            values = parameter[_index(piece.local)]
+            target[...] = values.T if piece.transposed else values
     for name, values in stored.items():
         np.testing.assert_array_equal(written[name], values)
 
@@ -117,6 +130,30 @@ def test_a_gated_mlp_holds_gate_above_up_in_every_rank() -> None:
     assert parameter.tolist() == [6, 7, 106, 107]
 
 
+def test_gate_and_up_in_one_tensor_are_what_they_are_apart() -> None:
+    mapping = FusedColumnParallel("fc1", "gate_up", 2, ("ffn_hidden_size",))
+    stored = {"gate_up": np.concatenate([np.arange(8), np.arange(100, 108)])}
+    assert _parameter(mapping, stored, Share(3, 4)).tolist() == [6, 7, 106, 107]
+
+
+def test_query_key_and_value_in_one_tensor_are_what_they_are_apart() -> None:
+    apart = QueryKeyValue("qkv", "q", "k", "v", ("hidden_size",))
+    fused = FusedQueryKeyValue("qkv", "qkv", ("hidden_size",))
+    stored = _stored(apart)
+    joined = {"qkv": np.concatenate([stored["q"], stored["k"], stored["v"]])}
+    for tp_rank in range(2):
+        share = Share(tp_rank, 2)
+        np.testing.assert_array_equal(_parameter(fused, joined, share), _parameter(apart, stored, share))
+
+
+def test_a_transposed_matrix_is_read_column_by_column() -> None:
+    mapping = transposed(ColumnParallel("fc", ("fc",), ("ffn_hidden_size", "hidden_size")))
+    stored = {"fc": np.arange(48).reshape(6, 8)}  # [input, output]
+    expected = [[column + 8 * row for row in range(6)] for column in (2, 3)]
+    assert _parameter(mapping, stored, Share(1, 4)).tolist() == expected
+    assert transposed(KINDS[0]).is_writer(Share(1, 2)) is False
+
+
 def test_a_rank_that_holds_padding_alone_has_no_pieces() -> None:
     # 11 tokens padded to 4 x 4 rows for a kernel's sake: the last rank has rows 12 to 15.
     mapping = VocabularyParallel("embedding", "hf.embedding")
@@ -128,6 +165,8 @@ def test_layers_are_numbered_in_all_names() -> None:
     filled = mapping.at_layer(17)
     assert (filled.megatron, filled.hf) == ("decoder.17.fc1", ("m.17.gate", "m.17.up"))
     assert filled.shape == ("hidden_size",)
+    inner = FusedColumnParallel("{layer}.fc1", "{layer}.gate_up", 2, ("hidden_size", "hidden_size"))
+    assert transposed(inner).at_layer(3).stored_shapes(ARCHITECTURE) == {"3.gate_up": (6, 12)}
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_a_recipe_needs_a_place_and_a_model_only(recipe: str, tmp_path: Path) ->
         num_query_groups=architecture.num_query_groups,
         ffn_hidden_size=architecture.ffn_hidden_size,
         vocab_size=architecture.vocab_size,
-        sliding_window=architecture.sliding_window,
+        longest_sequence=architecture.longest_sequence,
     )
     longest = config.data.max_prompt_length + config.data.max_response_length
     assert longest <= MODELS[recipe]["max_position_embeddings"]
