@@ -12,6 +12,7 @@ from omegaconf import MISSING
 from nemo_spin.config.fp8_rules import FP8_KEYS, fp8_has_what_it_needs
 from nemo_spin.config.loss_rules import loss_is_known_or_a_function, opponent_is_not_mixed_yet
 from nemo_spin.config.mistakes import Mistake, mistake
+from nemo_spin.config.optimizer_rules import OFFLOADING_KEYS, offloading_is_for_a_sharded_adam_on_gpus
 from nemo_spin.config.overlap_rules import OVERLAP_KEYS, overlap_has_something_to_overlap
 from nemo_spin.config.pipeline_rules import (
     PIPELINE_KEYS,
@@ -105,20 +106,6 @@ def _sequence_parallel_needs_tensor_parallel(config: Config) -> list[Mistake]:
             rule="it splits activations over the tensor-parallel ranks, so there must be several",
             remedy="set it to false, or model.tensor_model_parallel_size to 2 or more",
             also=("model.tensor_model_parallel_size",),
-        )
-    ]
-
-
-def _distributed_optimizer_shards_adam(config: Config) -> list[Mistake]:
-    if not config.model.use_distributed_optimizer or config.model.optim.name == "adam":
-        return []
-    return [
-        mistake(
-            "model.use_distributed_optimizer",
-            found=f"true with model.optim.name {config.model.optim.name}",
-            rule="the distributed optimizer shards the states of adam alone",
-            remedy="set it to null, or choose model/optim=adam",
-            also=("model.optim.name",),
         )
     ]
 
@@ -312,7 +299,7 @@ RELATIONS: tuple[Relation, ...] = (
     Relation(OVERLAP_KEYS, overlap_has_something_to_overlap),
     Relation(("model.sequence_parallel", _SIZES[0]), _sequence_parallel_needs_tensor_parallel),
     Relation(("model.expert_model_parallel_size", "generation.replicas"), _not_supported_yet),
-    Relation(("model.use_distributed_optimizer", "model.optim.name"), _distributed_optimizer_shards_adam),
+    Relation(OFFLOADING_KEYS, offloading_is_for_a_sharded_adam_on_gpus),
     Relation(("launcher.name", "trainer.num_nodes"), _local_launcher_has_one_node),
     Relation(("model.transformer_impl", "trainer.accelerator"), _transformer_engine_needs_a_gpu),
     Relation(FP8_KEYS, fp8_has_what_it_needs),

@@ -62,6 +62,7 @@ RANGES: dict[str, Range] = {
     "model.micro_batch_tokens": _COUNT,
     "model.global_batch_size": _COUNT,
     "model.recompute_num_layers": _COUNT,
+    "model.optimizer_offload_fraction": Range(above=0, high=1),
     "model.optim.weight_decay": Range(low=0),
     "model.optim.eps": _POSITIVE,
     "model.optim.alpha": Range(low=0, below=1),
@@ -99,7 +100,9 @@ RANGES: dict[str, Range] = {
     "trainer.log_every_n_steps": _COUNT,
     "trainer.val_check_interval": _COUNT,
     "trainer.save_interval": _COUNT,
+    "trainer.save_top_k": _COUNT,
     "launcher.timeout_s": _POSITIVE,
+    "launcher.preemption_grace_s": Range(low=0),
     "launcher.omp_num_threads": _COUNT,
     "evaluation.num_prompts": _COUNT,
 }

@@ -32,6 +32,7 @@ class OptimConfig:
     eps: float = 1e-8
     alpha: float = 0.99  # rmsprop: smoothing of the squared gradient
     clip_grad: float = 1.0  # global gradient norm; 0 turns clipping off
+    carry_over: bool = False  # an iteration starts from the optimizer state (no weights) of the one before
     sched: SchedConfig = field(default_factory=SchedConfig)
 
 
@@ -63,7 +64,9 @@ class ModelConfig:
     recompute_num_layers: int = 1  # at a time (uniform), or per stage and chunk (block); full
     overlap_grad_reduce: bool = False  # sum gradients over replicas during the last backward pass
     overlap_param_gather: bool = False  # gather the distributed optimizer's weights during a forward pass
-    use_distributed_optimizer: bool | None = None  # null: on GPUs with data parallelism and Adam
+    use_distributed_optimizer: bool | None = None  # null: with data parallelism
+    optimizer_cpu_offload: bool = False  # adam on GPUs: a share of its state and updates on the CPU
+    optimizer_offload_fraction: float = 1.0  # that share
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
@@ -174,6 +177,8 @@ class TrainerConfig:
     log_every_n_steps: int = 1
     val_check_interval: int | None = None  # optimizer steps; null: at the end of the iteration
     save_interval: int | None = 50  # optimizer steps between resume checkpoints; null: none
+    save_top_k: int = 2  # how many of the newest stay; the last is always one of them
+    async_save: bool = False  # training goes on while a checkpoint is written
 
 
 @dataclass
@@ -191,6 +196,7 @@ class LauncherConfig:
 
     name: str = "local"
     timeout_s: float = 86400.0  # a stage's processes are ended after it
+    preemption_grace_s: float = 60.0  # for a training to save on SIGTERM or SIGUSR1; after it, it is killed
     omp_num_threads: int | None = None  # per rank; null: cores divided by ranks on CPU
 
 

@@ -1,96 +1,117 @@
 """Resume checkpoints: Megatron's distributed checkpoints, written so that one is whole or not there.
 
 A checkpoint holds weights, optimizer state and a small dictionary of the caller's. It can
-be loaded at any other tensor, pipeline or data-parallel size. Directories are named by
-optimizer step; an unfinished one keeps a `.partial` name that no reader looks at.
+be loaded at any other tensor, pipeline or data-parallel size, whether the optimizer is
+sharded or not. `checkpoint_files.py` says how a whole one is recognised.
 """
 
 from __future__ import annotations
 
-import re
+import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from torch import distributed
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception: a BaseException
 
 from nemo_spin.data.files import sync_directory, sync_file
 from nemo_spin.errors import CheckpointError, explain
+from nemo_spin.megatron.checkpoint_files import (
+    checkpoint_path,
+    file_entry,
+    keep_newest,
+    partial_path,
+    write_record,
+)
 from nemo_spin.megatron.engine import Engine
-from nemo_spin.megatron.runtime import first_rank_writes
+from nemo_spin.megatron.optimizer_state import num_updates, sharded_optimizer_state, take_loaded
+from nemo_spin.megatron.runtime import Runtime, first_rank_writes
 
-_NAME = re.compile(r"step-(\d{8})$")
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-def checkpoint_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimizer steps lies."""
-    return directory / f"step-{step:08d}"
+_UPDATES = "optimizer_updates"
+_HASHES = ".hashes.json"
 
 
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [path for path in directory.glob("step-*") if _NAME.search(path.name) and path.is_dir()]
-    return sorted(found)
+class CheckpointWriter:
+    """Writes checkpoints, at once or while training goes on.
 
+    A checkpoint in the making is copied to the CPU and written by processes of its own;
+    `poll` gives it its final name when they are done on all ranks, and never earlier.
 
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
-    found = list_checkpoints(directory)
-    return found[-1] if found else None
+    Args:
+        directory: Where checkpoints lie.
+        keep: How many of the newest stay; older ones are removed when a newer one is whole.
+        asynchronous: Whether `save` returns before the files are written.
+    """
 
+    def __init__(self, directory: Path, *, keep: int, asynchronous: bool = False) -> None:
+        self._directory = directory
+        self._keep = keep
+        self._asynchronous = asynchronous
+        self._calls = AsyncCallsQueue()  # forks a writer for each call: a copy of this moment's memory
 
-def _sharded_state(engine: Engine, *, is_loading: bool, with_optimizer: bool) -> dict[str, Any]:
-    engine.settle()
-    state: dict[str, Any] = {}
-    for index, chunk in enumerate(engine.chunks):
-        key = "model" if len(engine.chunks) == 1 else f"model{index}"
-        module = getattr(chunk, "module", chunk)
-        state[key] = module.sharded_state_dict(metadata=dict(_METADATA))
-    if with_optimizer and engine.optimizer is not None:
-        state["optimizer"] = engine.optimizer.sharded_state_dict(
-            dict(state), is_loading=is_loading, metadata=dict(_METADATA)
-        )
-    return state
+    def save(self, engine: Engine, *, step: int, common: dict[str, Any]) -> None:
+        """Writes the checkpoint after `step` optimizer steps. All ranks must call.
+
+        Args:
+            engine: Model and optimizer.
+            step: Optimizer steps done.
+            common: Plain containers, the same on all ranks, returned by `load_checkpoint`.
+
+        Raises:
+            DataError: The disk is full; earlier checkpoints are unharmed.
+        """
+        self.wait()
+        final = checkpoint_path(self._directory, step)
+        unfinished = partial_path(final)
+        with first_rank_writes(engine.runtime) as writes:
+            if writes:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+        state = _sharded_state(engine)
+        if engine.optimizer is not None:
+            state[_UPDATES] = num_updates(engine.optimizer)
+        state["common"] = common
+        request = dist_checkpointing.save(state, str(unfinished), ("torch_dist", 1), async_sharded_save=True)
+        if request.async_fn is not None:
+            hashed = partial(_write_and_hash, request.async_fn, unfinished, engine.runtime.rank)
+            request = request._replace(async_fn=hashed)
+        request.add_finalize_fn(partial(self._publish, engine.runtime, unfinished, final))
+        if self._asynchronous:
+            self._calls.schedule_async_request(request)
+        else:
+            request.execute_sync()
+
+    def poll(self) -> None:
+        """Finishes the checkpoint in the making if its files are written. All ranks must call."""
+        self._calls.maybe_finalize_async_calls(blocking=False)
+
+    def wait(self) -> None:
+        """Returns when no checkpoint is in the making. All ranks must call."""
+        self._calls.maybe_finalize_async_calls(blocking=True)
+
+    def _publish(self, runtime: Runtime, unfinished: Path, final: Path) -> None:
+        """Megatron's files are complete: records them and gives the directory its name."""
+        with first_rank_writes(runtime) as writes:
+            if writes:
+                write_record(unfinished, _take_hashes(unfinished))
+                for entry in unfinished.iterdir():
+                    sync_file(entry)
+                sync_directory(unfinished)
+                if final.exists():
+                    shutil.rmtree(final)
+                unfinished.rename(final)
+                sync_directory(final.parent)
+                keep_newest(final.parent, self._keep)
 
 
 def save_checkpoint(engine: Engine, directory: Path, *, step: int, common: dict[str, Any], keep: int) -> None:
-    """Writes the checkpoint after `step` optimizer steps. All ranks must call.
-
-    Args:
-        engine: Model and optimizer.
-        directory: Where checkpoints lie.
-        step: Optimizer steps done.
-        common: Plain containers, the same on all ranks, returned by `load_checkpoint`.
-        keep: How many of the newest checkpoints stay; older ones are removed afterwards.
-
-    Raises:
-        DataError: The disk is full; earlier checkpoints are unharmed.
-    """
-    final = checkpoint_path(directory, step)
-    partial = final.with_name(final.name + ".partial")
-    with first_rank_writes(engine.runtime) as writes:
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    state = _sharded_state(engine, is_loading=False, with_optimizer=True)
-    state["common"] = common
-    dist_checkpointing.save(state, str(partial), ("torch_dist", 1))
-    distributed.barrier()
-    with first_rank_writes(engine.runtime) as writes:
-        if writes:
-            for entry in partial.rglob("*"):
-                if entry.is_file():
-                    sync_file(entry)
-            sync_directory(partial)
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            sync_directory(directory)
-            for old in list_checkpoints(directory)[:-keep]:
-                shutil.rmtree(old)
+    """Writes one checkpoint to its end; see `CheckpointWriter`. All ranks must call."""
+    CheckpointWriter(directory, keep=keep).save(engine, step=step, common=common)
 
 
 def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
@@ -102,14 +123,74 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The checkpoint cannot be read or is of another model.
     """
-    state = _sharded_state(engine, is_loading=True, with_optimizer=True)
-    try:
+    state = _sharded_state(engine)
+    with _explained(path):
         loaded = dist_checkpointing.load(state, str(path))
-        for index, chunk in enumerate(engine.chunks):
-            key = "model" if len(engine.chunks) == 1 else f"model{index}"
-            getattr(chunk, "module", chunk).load_state_dict(loaded[key])
+        for key, module in _modules(engine).items():
+            module.load_state_dict(loaded[key])
         if engine.optimizer is not None:
-            engine.optimizer.load_state_dict(loaded["optimizer"])
+            take_loaded(engine.optimizer, updates=loaded[_UPDATES])
+    common: dict[str, Any] = loaded.get("common", {})  # Megatron's own have none
+    return common
+
+
+def load_optimizer_state(engine: Engine, path: Path) -> None:
+    """Loads the optimizer's moments and step count, and no weights. All ranks must call.
+
+    Args:
+        engine: Its weights, and their float32 copies, stay what they are.
+        path: A checkpoint of another training of a model of the same shape.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read or is of another model or optimizer.
+    """
+    assert engine.optimizer is not None, "an engine without optimizer has no optimizer state"
+    state = sharded_optimizer_state(engine.optimizer, _model_state(engine), with_main_weights=False)
+    with _explained(path):
+        loaded = dist_checkpointing.load({"optimizer": state}, str(path))
+        take_loaded(engine.optimizer, updates=loaded[_UPDATES])
+
+
+def _modules(engine: Engine) -> dict[str, Any]:
+    modules = [getattr(chunk, "module", chunk) for chunk in engine.chunks]
+    if len(modules) == 1:
+        return {"model": modules[0]}
+    return {f"model{index}": module for index, module in enumerate(modules)}
+
+
+def _model_state(engine: Engine) -> dict[str, Any]:
+    engine.settle()
+    return {key: module.sharded_state_dict(metadata={}) for key, module in _modules(engine).items()}
+
+
+def _sharded_state(engine: Engine) -> dict[str, Any]:
+    """Weights and optimizer state as `dist_checkpointing` takes them, to save or to load into."""
+    state = _model_state(engine)
+    if engine.optimizer is not None:
+        state["optimizer"] = sharded_optimizer_state(engine.optimizer, dict(state))
+    return state
+
+
+def _write_and_hash(write: Callable[..., None], directory: Path, rank: int, *arguments: Any) -> None:
+    """Writes this rank's files and hashes them while they are in memory; may run in a writer process."""
+    write(*arguments)
+    with suppress(OSError):  # what could not be written is reported by Megatron
+        entries = {path.name: file_entry(path) for path in directory.glob(f"__{rank}_*")}
+        (directory / f"{rank}{_HASHES}").write_text(json.dumps(entries), encoding="utf-8")
+
+
+def _take_hashes(directory: Path) -> dict[str, dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = {}
+    for path in directory.glob(f"*{_HASHES}"):
+        entries |= json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+    return entries
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (Exception, CheckpointException) as error:
         raise CheckpointError(
             explain(
@@ -119,8 +200,6 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
                 remedy=f"remove {path}; the run goes on from the checkpoint before it",
             )
         ) from error
-    common: dict[str, Any] = loaded.get("common", {})  # Megatron's own have none
-    return common
 
 
 def _last_line(error: BaseException) -> str:

@@ -1,12 +1,15 @@
 """Megatron's optimizer wrappers around Adam(W) and PyTorch's RMSProp.
 
 Megatron's wrappers copy main gradients, keep float32 main weights under bf16, clip by
-the global norm over all model-parallel ranks and shard states for checkpoints. It knows
-Adam and SGD; RMSProp is put in SGD's place inside the same wrapper.
+the global norm over all model-parallel ranks and share the state out over data-parallel
+ranks. They are built around Adam (Transformer Engine's or Apex's fused one where there is
+one, else PyTorch's AdamW); PyTorch's RMSProp is put in its place inside the same wrapper,
+and steps the very same parameters or slices of them.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -16,16 +19,38 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from nemo_spin.config.schema import ModelConfig, OptimConfig
+from nemo_spin.errors import ConfigError, explain
+from nemo_spin.megatron.optimizer_state import optimizer_parts
 
 
 def uses_distributed_optimizer(model: ModelConfig, *, dp_size: int) -> bool:
-    """Resolves `model.use_distributed_optimizer`: by default on GPUs with data parallelism and Adam.
+    """Resolves `model.use_distributed_optimizer`: by default where there is data parallelism.
 
-    Megatron's distributed optimizer shards and stores the states of Adam alone.
+    Megatron offloads the state of its distributed optimizer alone.
     """
     if model.use_distributed_optimizer is not None:
         return model.use_distributed_optimizer
-    return torch.cuda.is_available() and dp_size > 1 and model.optim.name == "adam"
+    return dp_size > 1 or model.optimizer_cpu_offload
+
+
+def offloaded_share(model: ModelConfig) -> float | None:
+    """Share of the weights whose Adam state and updates are the CPU's; None without offloading.
+
+    Raises:
+        ConfigError: Transformer Engine is not installed.
+    """
+    if not model.optimizer_cpu_offload:
+        return None
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            explain(
+                "model.optimizer_cpu_offload",
+                found="true, and Transformer Engine is not installed",
+                rule="Megatron offloads beside Transformer Engine's fused Adam",
+                remedy="install it, or set model.optimizer_cpu_offload to false",
+            )
+        )
+    return model.optimizer_offload_fraction
 
 
 def wrap_for_training(
@@ -53,7 +78,13 @@ def wrap_for_training(
 
 
 def build_optimizer(
-    wrapped: list[Any], optim: OptimConfig, *, lr: float, params_dtype: torch.dtype, distributed: bool
+    wrapped: list[Any],
+    optim: OptimConfig,
+    *,
+    lr: float,
+    params_dtype: torch.dtype,
+    distributed: bool,
+    offload_fraction: float | None = None,
 ) -> MegatronOptimizer:
     """The optimizer of one iteration, with fresh state. All ranks must call.
 
@@ -62,43 +93,45 @@ def build_optimizer(
         lr: Peak learning rate; the schedule sets each step's.
         params_dtype: bfloat16 keeps float32 main weights.
         distributed: Shard the state over data-parallel ranks.
+        offload_fraction: Share of the weights whose Adam states and updates are the CPU's;
+            None: no offloading. It needs `distributed`.
     """
     config = OptimizerConfig(
-        optimizer="adam" if optim.name == "adam" else "sgd",
+        optimizer="adam",  # the only one that Megatron's distributed optimizer is built around
         lr=lr,
         weight_decay=optim.weight_decay,
         adam_beta1=optim.betas[0],
         adam_beta2=optim.betas[1],
         adam_eps=optim.eps,
-        sgd_momentum=0.0,
         clip_grad=optim.clip_grad,
         bf16=params_dtype == torch.bfloat16,
         params_dtype=params_dtype,
         use_distributed_optimizer=distributed,
+        optimizer_cpu_offload=offload_fraction is not None,
+        optimizer_offload_fraction=offload_fraction or 0.0,
+        use_precision_aware_optimizer=offload_fraction is not None,  # which then keeps the main weights
     )
     optimizer = get_megatron_optimizer(config, wrapped, use_gloo_process_groups=False)
     if optim.name == "rmsprop":
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            if not getattr(part, "is_stub_optimizer", False):
-                _put_rmsprop(part, optim)
+        for part in optimizer_parts(optimizer):
+            _put_rmsprop(part, optim)
     return optimizer
 
 
 def _put_rmsprop(part: Any, optim: OptimConfig) -> None:
-    """Replaces the inner optimizer; the wrapper's parameter groups (main weights) stay."""
+    """Replaces the inner optimizer, which has no state yet; the wrapper's main weights and slices stay."""
+    adam = part.optimizer
     part.optimizer = torch.optim.RMSprop(
-        part.optimizer.param_groups,
+        [{**_without(group, adam.defaults), "params": []} for group in adam.param_groups],
         lr=part.config.lr,
         alpha=optim.alpha,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
     )
-    part.init_state_fn = _init_rmsprop_state
+    for group, same in zip(part.optimizer.param_groups, adam.param_groups, strict=True):
+        group["params"] = same["params"]  # slices of parameters, which a constructor would refuse
 
 
-def _init_rmsprop_state(optimizer: torch.optim.Optimizer, _config: Any = None) -> None:
-    """Gives every parameter the state that a checkpoint is loaded into."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not optimizer.state[parameter]:
-                optimizer.state[parameter]["square_avg"] = torch.zeros_like(parameter.data)
+def _without(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Of a parameter group what Megatron put there, and no optimizer's own settings."""
+    return {key: value for key, value in group.items() if key not in defaults}

@@ -7,7 +7,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from nemo_spin.megatron.checkpoint import checkpoint_path, latest_checkpoint
+from nemo_spin.megatron.checkpoint import CheckpointWriter
+from nemo_spin.megatron.checkpoint_files import checkpoint_path, latest_checkpoint
 
 
 class SaveCheckpoints(Callback):
@@ -16,14 +17,17 @@ class SaveCheckpoints(Callback):
     Args:
         directory: Where checkpoints lie.
         interval: Optimizer steps between them; None: none before the end.
+        writer: What the trainer's strategy saves with; one in the background is finished here.
     """
 
-    def __init__(self, directory: Path, interval: int | None) -> None:
+    def __init__(self, directory: Path, interval: int | None, writer: CheckpointWriter) -> None:
         self._directory = directory
         self._interval = interval
+        self._writer = writer
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         """All ranks save together."""
+        self._writer.poll()
         step = trainer.global_step
         if self._interval and step % self._interval == 0 and step < pl_module.num_steps:
             trainer.save_checkpoint(checkpoint_path(self._directory, step))
@@ -33,8 +37,10 @@ class SaveCheckpoints(Callback):
         self.save_last(trainer)
 
     def save_last(self, trainer: Trainer) -> Path:
-        """Makes sure the last step has a checkpoint; returns its path."""
+        """Makes sure the last step has a checkpoint that is complete; returns its path."""
+        self._writer.wait()
         path = checkpoint_path(self._directory, trainer.global_step)
         if latest_checkpoint(self._directory) != path:
             trainer.save_checkpoint(path)
+            self._writer.wait()
         return path

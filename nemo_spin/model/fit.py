@@ -11,7 +11,8 @@ from lightning.pytorch import Trainer
 from nemo.utils.exp_manager import exp_manager
 
 from nemo_spin.data.progress import Progress
-from nemo_spin.megatron.checkpoint import latest_checkpoint
+from nemo_spin.megatron.checkpoint import CheckpointWriter, load_optimizer_state
+from nemo_spin.megatron.checkpoint_files import newest_whole_checkpoint
 from nemo_spin.megatron.runtime import Runtime
 from nemo_spin.model.callbacks import SaveCheckpoints
 from nemo_spin.model.metrics_file import MetricsFile
@@ -23,11 +24,21 @@ logger = logging.getLogger(__name__)
 
 
 class _Policy(MegatronGPTSPINModel):
-    """Introduces the engine to the checkpoint IO as soon as it exists."""
+    """Introduces the engine to the checkpoint IO as soon as it exists.
+
+    Attributes:
+        carried: Checkpoint whose optimizer state the training begins with.
+    """
+
+    carried: Path | None = None
 
     def configure_model(self) -> None:
         super().configure_model()
+        assert self.engine is not None, "configure_model builds it"
         self.trainer.strategy.checkpoint_io.engine = self.engine
+        if self.carried is not None:
+            load_optimizer_state(self.engine, self.carried)
+            self.carried = None
 
 
 def fit(
@@ -56,11 +67,12 @@ def fit(
         CheckpointError: The checkpoint to resume from cannot be read.
     """
     warnings.filterwarnings("ignore", module="lightning")
-    saver = SaveCheckpoints(job.checkpoint_directory, job.save_interval)
+    writer = CheckpointWriter(job.checkpoint_directory, keep=job.save_top_k, asynchronous=job.async_save)
+    saver = SaveCheckpoints(job.checkpoint_directory, job.save_interval, writer)
     metrics = MetricsFile(
         job.metrics_path, progress, log_every_n_steps=job.log_every_n_steps, started=started
     )
-    strategy = MegatronStrategy(runtime, MegatronCheckpointIO())
+    strategy = MegatronStrategy(runtime, MegatronCheckpointIO(writer))
     check_every = job.val_check_interval
     trainer = Trainer(
         accelerator=runtime.device.type if runtime.device.type == "cpu" else "gpu",
@@ -85,9 +97,11 @@ def fit(
     exp_manager(trainer, _loggers(job))
     model = _Policy(job, runtime, trainer)
     trainer.fit_loop.epoch_loop.max_steps = model.num_steps
-    resume = latest_checkpoint(job.checkpoint_directory)
+    resume = newest_whole_checkpoint(job.checkpoint_directory, runtime=runtime, note=progress.note)
     if resume is not None:
         progress.note(f"resuming from {resume.name}")
+    elif job.carried is not None:
+        model.carried = job.carried
     trainer.fit(model, ckpt_path=resume)
     model.validation_step()
     last = saver.save_last(trainer)

@@ -27,6 +27,10 @@ class TrainingJob:
         directory: Where checkpoints and loggers write.
         metrics_path: JSON lines, one per optimizer step.
         save_interval: Optimizer steps between checkpoints; None: only the last.
+        save_top_k: How many of the newest checkpoints stay.
+        async_save: Whether training goes on while a checkpoint is written.
+        carried: Checkpoint of the iteration before, whose optimizer state this one starts with;
+            None: with none.
         val_check_interval: Optimizer steps between held-out evaluations; None: only at the end.
         log_every_n_steps: How often loggers are fed.
         exp_manager: Loggers, for NeMo's exp_manager.
@@ -47,6 +51,9 @@ class TrainingJob:
     directory: Path
     metrics_path: Path
     save_interval: int | None
+    save_top_k: int
+    async_save: bool
+    carried: Path | None
     val_check_interval: int | None
     log_every_n_steps: int
     exp_manager: dict[str, Any] = field(default_factory=dict)

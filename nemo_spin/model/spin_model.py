@@ -26,7 +26,12 @@ from nemo_spin.megatron.engine import Engine, layout_of
 from nemo_spin.megatron.forward_step import SFT_SUMS, SPIN_SUMS, LossFunction, sft_loss, spin_loss, summarise
 from nemo_spin.megatron.learning_rate import learning_rate
 from nemo_spin.megatron.meter import Meter
-from nemo_spin.megatron.optimizers import build_optimizer, uses_distributed_optimizer, wrap_for_training
+from nemo_spin.megatron.optimizers import (
+    build_optimizer,
+    offloaded_share,
+    uses_distributed_optimizer,
+    wrap_for_training,
+)
 from nemo_spin.megatron.provider import build_model
 from nemo_spin.megatron.runtime import Runtime
 from nemo_spin.megatron.sizes import shape_of
@@ -130,7 +135,12 @@ class MegatronGPTSPINModel(ModelPT):
         distributed = uses_distributed_optimizer(job.model, dp_size=replicas)
         wrapped = wrap_for_training(chunks, distributed_optimizer=distributed, model=job.model)
         optimizer = build_optimizer(
-            wrapped, job.optim, lr=job.lr, params_dtype=dtype, distributed=distributed
+            wrapped,
+            job.optim,
+            lr=job.lr,
+            params_dtype=dtype,
+            distributed=distributed,
+            offload_fraction=offloaded_share(job.model),
         )
         self.engine = Engine(wrapped, self.runtime, architecture.vocab_size, layout_of(job.model), optimizer)
         throughput = Throughput(

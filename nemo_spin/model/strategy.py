@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.optim import Optimizer
 
-from nemo_spin.megatron.checkpoint import load_checkpoint, save_checkpoint
+from nemo_spin.megatron.checkpoint import CheckpointWriter, load_checkpoint
 from nemo_spin.megatron.engine import Engine
 from nemo_spin.megatron.runtime import Runtime
 
@@ -31,28 +31,22 @@ class MegatronCheckpointIO(CheckpointIO):
     tensors; nothing is unpickled into a class.
 
     Args:
-        keep: How many of the newest checkpoints stay.
+        writer: Writes the files, at once or in the background.
     """
 
-    def __init__(self, keep: int = 2) -> None:
+    def __init__(self, writer: CheckpointWriter) -> None:
         self.engine: Engine | None = None  # set by the model once it is built
-        self._keep = keep
+        self._writer = writer
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """All ranks must call. `path` names the step; see `megatron.checkpoint.checkpoint_path`."""
+        """All ranks must call. The writer names the directory by the step, as `path` does."""
         assert self.engine is not None, "the model is built before it is saved"
         kept = ("epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks")
         common = {name: _plain(checkpoint[name]) for name in kept if name in checkpoint}
         with self.engine.meter.phase("checkpoint"):
-            save_checkpoint(
-                self.engine,
-                Path(path).parent,
-                step=int(checkpoint["global_step"]),
-                common=common,
-                keep=self._keep,
-            )
+            self._writer.save(self.engine, step=int(checkpoint["global_step"]), common=common)
 
     def load_checkpoint(self, path: str | Path, map_location: Any | None = None) -> dict[str, Any]:
         """All ranks must call. Restores weights and optimizer; returns the loops' state."""

@@ -20,7 +20,6 @@ _MAX_EXPERT = 64
 _VIRTUAL = (1, 2, 4)
 _SHRINK = (2, 4)  # of the configured microbatch
 # Megatron's distributed optimizer takes no other; `megatron/optimizers.py` puts RMSProp beside it.
-_SHARDED_OPTIMIZERS = ("adam",)
 _RECOMPUTE = {"none": None, "selective": "selective", "full": "full"}
 
 
@@ -148,9 +147,7 @@ def configured(shape: ModelShape, request: Request) -> ParallelLayout | None:
         virtual=virtual,
         sequence_parallel=model.sequence_parallel,
         recompute=model.recompute_granularity or "none",
-        distributed_optimizer=(data * context > 1 and request.numerics.optimizer in _SHARDED_OPTIMIZERS)
-        if sharded is None
-        else sharded,
+        distributed_optimizer=data * context > 1 if sharded is None else sharded,
     )
 
 
@@ -174,11 +171,7 @@ def _layouts(shape: ModelShape, request: Request) -> Iterator[ParallelLayout]:
             if virtual > 1 and pipeline == 1:
                 continue
             data = world // replica
-            sharded = (
-                (True, False)
-                if data * context > 1 and request.numerics.optimizer in _SHARDED_OPTIMIZERS
-                else (False,)
-            )
+            sharded = (True, False) if data * context > 1 else (False,)
             for expert, recompute, shard, sequence in product(
                 _expert_sizes(shape, world // pipeline), _RECOMPUTE, sharded, {tensor > 1, False}
             ):

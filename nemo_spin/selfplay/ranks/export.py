@@ -8,7 +8,8 @@ from nemo_spin.bridge.export_hf import export_weights, verify_export
 from nemo_spin.bridge.import_hf import load_weights
 from nemo_spin.data.files import write_manifest
 from nemo_spin.errors import CheckpointError, explain
-from nemo_spin.megatron.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from nemo_spin.megatron.checkpoint import load_checkpoint, save_checkpoint
+from nemo_spin.megatron.checkpoint_files import latest_checkpoint
 from nemo_spin.megatron.runtime import first_rank_writes
 from nemo_spin.selfplay.ranks.context import StageContext
 

@@ -9,6 +9,8 @@ from typing import Any
 from nemo_spin.config.iterations import at_iteration
 from nemo_spin.config.schema import SpinConfig
 from nemo_spin.data.files import read_manifest, write_manifest
+from nemo_spin.errors import CheckpointError, explain
+from nemo_spin.megatron.checkpoint_files import latest_checkpoint
 from nemo_spin.megatron.runtime import first_rank_writes
 from nemo_spin.selfplay.ranks.context import StageContext
 
@@ -46,6 +48,28 @@ def _with_scoring(counts: dict[str, Any], scored: Path) -> dict[str, Any]:
     return {**counts, "score_seconds": seconds, "pairs_per_second_with_scoring": together}
 
 
+def _carried(context: StageContext) -> Path | None:
+    """The checkpoint whose optimizer state this iteration starts with; None for none.
+
+    Raises:
+        CheckpointError: The iteration before has left none.
+    """
+    if not context.config.model.optim.carry_over or not context.iteration:
+        return None
+    directory = context.run.iteration(context.iteration - 1).train / "checkpoints"
+    last = latest_checkpoint(directory)
+    if last is None:
+        raise CheckpointError(
+            explain(
+                str(directory),
+                found="holds no complete checkpoint",
+                rule="model.optim.carry_over starts from the optimizer state of the iteration before",
+                remedy="set model.optim.carry_over to false, or train the iteration before again",
+            )
+        )
+    return last
+
+
 def _fit(context: StageContext, *, objective: str) -> None:
     from nemo_spin.model.fit import fit  # 15 seconds of imports that scoring does not need
     from nemo_spin.model.settings import TrainingJob
@@ -70,6 +94,9 @@ def _fit(context: StageContext, *, objective: str) -> None:
         directory=here.train,
         metrics_path=here.metrics_path,
         save_interval=config.trainer.save_interval,
+        save_top_k=config.trainer.save_top_k,
+        async_save=config.trainer.async_save,
+        carried=_carried(context) if self_play else None,
         val_check_interval=config.trainer.val_check_interval,
         log_every_n_steps=config.trainer.log_every_n_steps,
         exp_manager=asdict(config.exp_manager),

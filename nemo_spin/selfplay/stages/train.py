@@ -48,7 +48,14 @@ class TrainStage(Stage):
             "opponent": opponent_sha256(self.context, self.iteration),
             "scored": self.required(ScoreStage(self.context, self.iteration)).sha256(),
             **_own_loss(self.context.config.spin.loss),
+            **self._carried(),
         }
+
+    def _carried(self) -> dict[str, str]:
+        """The training whose optimizer state this one starts with; nothing where it starts with none."""
+        if not self.context.config.model.optim.carry_over or not self.iteration:
+            return {}
+        return {"optimizer": self.required(TrainStage(self.context, self.iteration - 1)).sha256()}
 
     def check(self) -> None:
         """A user's own loss must be there."""

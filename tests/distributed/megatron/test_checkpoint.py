@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from nemo_spin.config.schema import OptimConfig
 from tests.distributed import reference
 from tests.distributed.harness import run_ranks
 from tests.distributed.megatron.test_engine import _engine
@@ -34,44 +35,72 @@ def _steps(engine: Any, table: pa.Table, first: int, last: int) -> list[float]:
 
 
 def _save_half_way(
-    model_dir: Path, directory: Path, table: pa.Table, layout: Layout, optim: str
+    model_dir: Path, directory: Path, table: pa.Table, layout: Layout, model: dict[str, Any]
 ) -> list[float]:
-    from nemo_spin.config.schema import OptimConfig
     from nemo_spin.megatron.checkpoint import save_checkpoint
 
-    engine, _ = _engine(model_dir, layout, optim=OptimConfig(name=optim))
+    engine, _ = _engine(model_dir, layout, **model)
     losses = _steps(engine, table, 0, 4)
     save_checkpoint(engine, directory, step=4, common={"answer": 42, "nested": [1, "a"]}, keep=2)
     return losses + _steps(engine, table, 4, 8)
 
 
-def _go_on(model_dir: Path, directory: Path, table: pa.Table, layout: Layout, optim: str) -> list[float]:
-    from nemo_spin.config.schema import OptimConfig
-    from nemo_spin.megatron.checkpoint import latest_checkpoint, load_checkpoint
+def _go_on(
+    model_dir: Path, directory: Path, table: pa.Table, layout: Layout, model: dict[str, Any]
+) -> list[float]:
+    from nemo_spin.megatron.checkpoint import load_checkpoint
+    from nemo_spin.megatron.checkpoint_files import latest_checkpoint
 
-    engine, _ = _engine(model_dir, layout, optim=OptimConfig(name=optim))
+    engine, _ = _engine(model_dir, layout, **model)
     path = latest_checkpoint(directory)
     assert path is not None
     assert load_checkpoint(engine, path) == {"answer": 42, "nested": [1, "a"]}
     return _steps(engine, table, 4, 8)
 
 
+def _pairs() -> pa.Table:
+    return reference.with_opponent(reference.make_pairs(9), torch.full((9, 2), -25.0))
+
+
 @pytest.mark.parametrize("optim", ["rmsprop", "adam"])
 def test_a_checkpoint_continues_at_any_other_layout(tmp_path: Path, optim: str) -> None:
-    model_dir = reference.make_model(tmp_path / "model")
-    table = reference.with_opponent(reference.make_pairs(9), torch.full((9, 2), -25.0))
-    uninterrupted = run_ranks(
-        _save_half_way, 4, model_dir, tmp_path / "checkpoints", table, (2, 2, 1, False), optim
-    )
-    assert len(set(uninterrupted)) == 8
-    for layout in [(1, 1, 1, False), (2, 1, 2, True), (1, 2, 2, False)]:
-        ranks = layout[0] * layout[1] * layout[2]
-        losses = run_ranks(_go_on, ranks, model_dir, tmp_path / "checkpoints", table, layout, optim)
-        assert losses == pytest.approx(uninterrupted[4:], rel=1e-5), layout
+    """Saved at TP=2 x PP=2 and, with the state shared out, at DP=2; loaded with and without sharing."""
+    model_dir, table = reference.make_model(tmp_path / "model"), _pairs()
+    whole = {"optim": OptimConfig(name=optim)}
+    shared = {**whole, "use_distributed_optimizer": True}
+    layouts: list[tuple[Layout, dict[str, Any]]] = [
+        ((1, 1, 1, False), whole),
+        ((1, 2, 1, False), whole),
+        ((2, 1, 2, True), whole),
+        ((2, 1, 2, True), shared),
+        ((1, 2, 2, False), shared),
+    ]
+    for number, saved in enumerate([((2, 2, 1, False), whole), ((2, 1, 2, True), shared)]):
+        directory = tmp_path / f"checkpoints_{number}"
+        uninterrupted = run_ranks(_save_half_way, 4, model_dir, directory, table, *saved)
+        assert len(set(uninterrupted)) == 8
+        for layout, settings in layouts:
+            ranks = layout[0] * layout[1] * layout[2]
+            losses = run_ranks(_go_on, ranks, model_dir, directory, table, layout, settings)
+            assert losses == pytest.approx(uninterrupted[4:], rel=1e-5), (saved, layout, settings)
+
+
+@pytest.mark.parametrize("optim", ["rmsprop", "adam"])
+def test_main_weights_of_bfloat16_continue_to_the_last_bit(tmp_path: Path, optim: str) -> None:
+    """The sum of two ranks' gradients is the same number, whether it is shared out or not."""
+    model_dir, table, layout = reference.make_model(tmp_path / "model"), _pairs(), (1, 2, 2, False)
+    whole = {"optim": OptimConfig(name=optim), "params_dtype": torch.bfloat16}
+    shared = {**whole, "use_distributed_optimizer": True}
+    directory = tmp_path / "checkpoints"
+    uninterrupted = run_ranks(_save_half_way, 4, model_dir, directory, table, layout, shared)
+    for settings in (shared, whole):
+        losses = run_ranks(_go_on, 4, model_dir, directory, table, layout, settings)
+        assert losses == uninterrupted[4:]
 
 
 def _save_many(model_dir: Path, directory: Path) -> list[str]:
-    from nemo_spin.megatron.checkpoint import list_checkpoints, save_checkpoint
+    from nemo_spin.megatron.checkpoint import save_checkpoint
+    from nemo_spin.megatron.checkpoint_files import list_checkpoints
 
     engine, _ = _engine(model_dir, (1, 1, 1, False))
     _steps(engine, reference.with_opponent(reference.make_pairs(4), torch.zeros(4, 2)), 0, 1)

@@ -32,7 +32,12 @@ NUM_ROWS = 7  # no multiple of any batch size: ghosts fill the last microbatch
 PACKINGS = ["shared_prompt", "pairs", "none"]
 
 
-def _engine(model_dir: Path, layout: tuple[int, int, int, bool], **model: Any) -> Any:
+def _engine(
+    model_dir: Path,
+    layout: tuple[int, int, int, bool],
+    params_dtype: torch.dtype = torch.float32,
+    **model: Any,
+) -> Any:
     """Runs in every rank: the policy, loaded, wrapped for training, with its optimizer."""
     from nemo_spin.bridge.families import architecture_of
     from nemo_spin.bridge.import_hf import load_weights
@@ -59,12 +64,12 @@ def _engine(model_dir: Path, layout: tuple[int, int, int, bool], **model: Any) -
     )
     config.optim.clip_grad = 0.0
     architecture = architecture_of(model_dir)
-    chunks = build_model(architecture, config, params_dtype=torch.float32)
+    chunks = build_model(architecture, config, params_dtype=params_dtype)
     load_weights(chunks, model_dir, architecture)
     sharded = bool(config.use_distributed_optimizer)
     wrapped = wrap_for_training(chunks, distributed_optimizer=sharded, model=config)
     optimizer = build_optimizer(
-        wrapped, config.optim, lr=1e-3, params_dtype=torch.float32, distributed=sharded
+        wrapped, config.optim, lr=1e-3, params_dtype=params_dtype, distributed=sharded
     )
     return Engine(wrapped, runtime, architecture.vocab_size, layout_of(config), optimizer), architecture
 

@@ -272,7 +272,21 @@ def test_an_interleaved_schedule_needs_two_stages() -> None:
     accepted(*two, "model.virtual_pipeline_model_parallel_size=2")
 
 
-def test_the_distributed_optimizer_is_for_adam() -> None:
-    on = "model.use_distributed_optimizer=true"
-    assert "shards the states of adam alone" in refused(on, "model.optim.name=rmsprop")
-    accepted(on, "model.optim.name=adam")
+def test_both_optimizers_are_shared_out() -> None:
+    for name in ("rmsprop", "adam"):
+        accepted("model.use_distributed_optimizer=true", f"model.optim.name={name}")
+
+
+def test_offloading_is_for_a_sharded_adam_on_gpus() -> None:
+    on = "model.optimizer_cpu_offload=true"
+    accepted(on, "model.optim.name=adam", "model.optimizer_offload_fraction=0.5")
+    message = refused(
+        on,
+        "model.optim.name=rmsprop",
+        "model.use_distributed_optimizer=false",
+        "trainer.accelerator=cpu",
+        "trainer.precision=32",
+    )
+    for reason in ("offloads Adam alone", "distributed optimizer alone", "on the CPU already", "bf16"):
+        assert reason in message
+    assert "model.optimizer_offload_fraction" in refused("model.optimizer_offload_fraction=0")
