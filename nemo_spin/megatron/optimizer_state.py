@@ -27,7 +27,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 
 _MAIN_WEIGHT = "fp32_param"
-_MOMENTS = {torch.optim.RMSprop: ("square_avg",)}
+_MOMENTS: dict[type, tuple[str, ...]] = {torch.optim.RMSprop: ("square_avg",)}
 _ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 _STEP_IN_STATE = (torch.optim.RMSprop, torch.optim.Adam)  # AdamW is an Adam; fused ones count in the group
 
