@@ -10,9 +10,11 @@ its own; a test that wants more ranks than there are GPUs is skipped.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import queue
+import signal
 import socket
 import tempfile
 import traceback
@@ -39,6 +41,7 @@ def _rank_main(tasks: Any, results: Any) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     die_with_launcher()  # a killed test run leaves nothing behind
+    os.setpgid(0, 0)  # nor does a killed rank: writers of checkpoints are its children
     import torch
 
     torch.set_num_threads(1)
@@ -114,7 +117,9 @@ class _Pool:
 
     def kill(self) -> None:
         for process, _ in self._ranks:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.kill()  # one that has not made its group yet
             process.join()
         self._ranks = []
         self._results = self._context.Queue()
