@@ -16,6 +16,7 @@ from nemo_spin.config.schema import DataConfig
 from nemo_spin.data.columns import PREPARED, QUARANTINED
 from nemo_spin.data.files import MANIFEST_NAME, Manifest, atomic_path, remove_partials, write_manifest
 from nemo_spin.data.inputs import prepare_inputs
+from nemo_spin.data.overlong import OverlongRows, RowLimit
 from nemo_spin.data.progress import Progress, SilentProgress
 from nemo_spin.data.row_writer import RowWriter, UniqueIds
 from nemo_spin.data.rows import FORMATS, needed_columns
@@ -30,7 +31,12 @@ QUARANTINE_NAME = "quarantine.parquet"
 
 
 def prepare(
-    config: DataConfig, *, tokenizer_dir: Path, out_dir: Path, progress: Progress | None = None
+    config: DataConfig,
+    *,
+    tokenizer_dir: Path,
+    out_dir: Path,
+    row_limit: RowLimit | None = None,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Writes `train.parquet`, `heldout.parquet` (where configured), the quarantine and the manifest.
 
@@ -38,6 +44,7 @@ def prepare(
         config: Where the demonstrations are and how they become token ids.
         tokenizer_dir: Hugging Face directory whose tokenizer and chat template are used.
         out_dir: Gets the files. Whatever an earlier call left there is replaced.
+        row_limit: Rows whose units exceed it are counted and reported, and kept all the same.
         progress: Is told the rows done, and what was refused.
 
     Raises:
@@ -53,7 +60,10 @@ def prepare(
     template = load_template(config, tokenizer_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     remove_partials(out_dir)
-    counts = {split: SplitCounts() for split in sources}
+    counts = {
+        split: SplitCounts(overlong=None if row_limit is None else OverlongRows(row_limit))
+        for split in sources
+    }
     with contextlib.ExitStack() as stack:
         paths = {split: stack.enter_context(atomic_path(out_dir / f"{split}.parquet")) for split in sources}
         with (
@@ -161,6 +171,9 @@ def _report(split: str, counts: SplitCounts, progress: Progress) -> None:
             f"{split}: {counts.refused.total()} of {counts.all_rows} rows refused ({reasons}); "
             f"see {QUARANTINE_NAME}"
         )
+    note = counts.overlong.note(split, counts.rows) if counts.overlong is not None else None
+    if note is not None:
+        progress.note(note)
 
 
 def _check_share(split: str, counts: SplitCounts, *, config: DataConfig, quarantine_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from nemo_spin.data.encode import EncodedPiece
+from nemo_spin.data.overlong import OverlongRows
 
 
 @dataclass
@@ -21,6 +22,7 @@ class SplitCounts:
     real_lengths: Counter[int] = field(default_factory=Counter)
     cut_prompts: int = 0
     cut_responses: int = 0
+    overlong: OverlongRows | None = None  # None: rows have no limit
 
     def add(self, piece: EncodedPiece) -> None:
         """Counts one piece in."""
@@ -28,8 +30,14 @@ class SplitCounts:
         self.refused.update(refusal.reason for refusal in piece.refusals)
         self.cut_prompts += piece.num_cut_prompts
         self.cut_responses += piece.num_cut_responses
-        for lengths, column in ((self.prompt_lengths, "prompt_ids"), (self.real_lengths, "real_ids")):
-            lengths.update(pc.list_value_length(piece.batch.column(column)).to_pylist())
+        prompts, real = (
+            pc.list_value_length(piece.batch.column(name)).to_numpy(zero_copy_only=False)
+            for name in ("prompt_ids", "real_ids")
+        )
+        self.prompt_lengths.update(prompts.tolist())
+        self.real_lengths.update(real.tolist())
+        if self.overlong is not None:
+            self.overlong.add(prompts, real)
 
     @property
     def all_rows(self) -> int:
@@ -38,7 +46,9 @@ class SplitCounts:
 
     def summary(self) -> dict[str, Any]:
         """For the manifest."""
+        overlong = {"overlong": self.overlong.summary()} if self.overlong is not None else {}
         return {
+            **overlong,
             "rows": self.rows,
             "quarantined": self.refused.total(),
             "quarantined_by_reason": dict(self.refused.most_common()),

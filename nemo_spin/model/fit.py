@@ -10,9 +10,11 @@ from typing import Any
 from lightning.pytorch import Trainer
 from nemo.utils.exp_manager import exp_manager
 
+from nemo_spin.data.overlong import training_note
 from nemo_spin.data.progress import Progress
 from nemo_spin.megatron.checkpoint import CheckpointWriter, load_optimizer_state
 from nemo_spin.megatron.checkpoint_files import newest_whole_checkpoint
+from nemo_spin.megatron.engine import layout_of
 from nemo_spin.megatron.runtime import Runtime
 from nemo_spin.model.callbacks import SaveCheckpoints
 from nemo_spin.model.metrics_file import MetricsFile
@@ -97,6 +99,9 @@ def fit(
     exp_manager(trainer, _loggers(job))
     model = _Policy(job, runtime, trainer)
     trainer.fit_loop.epoch_loop.max_steps = model.num_steps
+    overlong = training_note(layout_of(job.model), model.units)
+    if overlong is not None:
+        progress.note(overlong)
     resume = newest_whole_checkpoint(job.checkpoint_directory, runtime=runtime, note=progress.note)
     if resume is not None:
         progress.note(f"resuming from {resume.name}")

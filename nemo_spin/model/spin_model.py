@@ -116,6 +116,11 @@ class MegatronGPTSPINModel(ModelPT):
         )
 
     @property
+    def units(self) -> Units:
+        """The training rows."""
+        return self._units
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps in all."""
         steps = self.batches.num_steps

@@ -35,7 +35,7 @@ def spin_stages(context: Context) -> list[Stage]:
 
 def sft_stages(context: Context) -> list[Stage]:
     """Everything that `nemo-spin sft` does, in order."""
-    return [PrepareStage(context), SftStage(context), ExportStage(context)]
+    return [PrepareStage(context, generates=False), SftStage(context), ExportStage(context)]
 
 
 def stage_of_command(context: Context, name: str, iteration: int | None) -> Stage:

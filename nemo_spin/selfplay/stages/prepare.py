@@ -8,16 +8,26 @@ from typing import Any
 
 from nemo_spin.data.files import Manifest
 from nemo_spin.data.inputs import prepare_inputs
+from nemo_spin.data.overlong import RowLimit
 from nemo_spin.data.prepare import prepare
 from nemo_spin.data.progress import Progress
-from nemo_spin.selfplay.stages.stage import Stage
+from nemo_spin.selfplay.stages.stage import Context, Stage
 
 
 class PrepareStage(Stage):
-    """Runs in this process (with tokenizing workers of its own)."""
+    """Runs in this process (with tokenizing workers of its own).
+
+    Args:
+        context: See `Context`.
+        generates: Whether answers are generated for the prompts and trained on.
+    """
 
     name = "prepare"
     key_prefix = "data."
+
+    def __init__(self, context: Context, *, generates: bool = True) -> None:
+        super().__init__(context)
+        self._generates = generates
 
     @property
     def directory(self) -> Path:
@@ -47,7 +57,19 @@ class PrepareStage(Stage):
             self.context.config.data,
             tokenizer_dir=self.context.theta_0,
             out_dir=self.directory,
+            row_limit=self._row_limit(),
             progress=progress,
+        )
+
+    def _row_limit(self) -> RowLimit | None:
+        model, generation = self.context.config.model, self.context.config.generation
+        if model.packing == "none":
+            return None
+        return RowLimit(
+            packing=model.packing,
+            micro_batch_tokens=model.micro_batch_tokens,
+            num_generations=generation.num_generations if self._generates else 0,
+            max_tokens=generation.max_tokens,
         )
 
     def describe(self, manifest: Manifest) -> str:
@@ -58,5 +80,7 @@ class PrepareStage(Stage):
             if counts:
                 tokens = counts["prompt_tokens"] + counts["real_tokens"]
                 refused = f", {counts['quarantined']:,} refused" if counts["quarantined"] else ""
-                parts.append(f"{counts['rows']:,} {split} rows, {tokens:,} tokens{refused}")
+                overlong = counts.get("overlong", {}).get("possible", 0)
+                above = f", {overlong:,} may exceed model.micro_batch_tokens" if overlong else ""
+                parts.append(f"{counts['rows']:,} {split} rows, {tokens:,} tokens{refused}{above}")
         return "; ".join(parts)

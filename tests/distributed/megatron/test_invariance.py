@@ -28,7 +28,7 @@ from tests.distributed import reference
 from tests.distributed.harness import run_ranks
 from tests.distributed.megatron.test_engine import PACKINGS, _engine
 
-BETA = 0.3
+BETA = 0.1  # the default; a larger one enlarges the rounding of sums of hundreds of nats
 LAYERS = 4  # two stages of two chunks
 TOLERANCE = 1e-5
 # Of the whole gradient's norm: some tensors have no gradient but rounding (keys, of prompts of one token).

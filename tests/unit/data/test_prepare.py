@@ -14,6 +14,7 @@ from nemo_spin.data import prepare as prepare_module
 from nemo_spin.data.columns import PREPARED, QUARANTINED
 from nemo_spin.data.files import read_manifest, verify_manifest
 from nemo_spin.data.inputs import prepare_inputs
+from nemo_spin.data.overlong import RowLimit
 from nemo_spin.data.prepare import prepare
 from nemo_spin.errors import ConfigError, DataError
 from tests.unit.data.tokenizers import conversation, conversations, save_tokenizer, write_jsonl, write_parquet
@@ -81,6 +82,29 @@ def test_files_manifest_and_counts(tmp_path: Path, tokenizer_dir: Path) -> None:
     assert sorted(entry.name for entry in (tmp_path / "data").iterdir()) == sorted(
         [*manifest.files, "manifest.json"]
     )
+
+
+def test_overlong_units_are_counted_and_kept(tmp_path: Path, tokenizer_dir: Path) -> None:
+    config = DataConfig(train=str(write_jsonl(tmp_path / "a.jsonl", conversations(30))))
+    plain = prepare(config, tokenizer_dir=tokenizer_dir, out_dir=tmp_path / "plain")
+    assert "overlong" not in plain.counts["train"]
+    lengths = [
+        len(row["prompt_ids"]) + len(row["real_ids"]) for row in rows_of(tmp_path / "plain" / "train.parquet")
+    ]
+    limit = RowLimit("shared_prompt", max(lengths) + 4, num_generations=1, max_tokens=5)
+    heard = Heard()
+    manifest = prepare(
+        config, tokenizer_dir=tokenizer_dir, out_dir=tmp_path / "data", row_limit=limit, progress=heard
+    )
+    longest = lengths.count(max(lengths))
+    assert manifest.counts["train"]["overlong"] == {
+        "micro_batch_tokens": max(lengths) + 4,
+        "possible": longest,
+        "certain": 0,
+        "longest": max(lengths) + 5,
+    }
+    assert len(heard.notes) == 1 and heard.notes[0].startswith(f"train: {longest} of 30 rows may become")
+    assert manifest.sha256() == plain.sha256()
 
 
 def test_the_same_bytes_whatever_the_number_of_processes(tmp_path: Path, tokenizer_dir: Path) -> None:

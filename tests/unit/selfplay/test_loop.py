@@ -62,6 +62,16 @@ def test_runs_every_stage_in_order_and_then_none(
     assert "done" in describe(directory.path).splitlines()[0]
 
 
+def test_prepare_says_on_screen_which_rows_exceed_a_microbatch(
+    run: Run, make_config: MakeConfig, directory: RunDirectory
+) -> None:
+    screen = run(make_config(model={"micro_batch_tokens": 1}))
+    assert "48 of 48 rows may become longer than model.micro_batch_tokens=1" in " ".join(screen.split())
+    assert "48 may exceed model.micro_batch_tokens" in " ".join(screen.split())
+    manifest = read_manifest(directory.data_dir)
+    assert manifest is not None and manifest.counts["train"]["overlong"]["certain"] == 48
+
+
 def test_the_opponent_is_the_model_before(
     run: Run, make_config: MakeConfig, directory: RunDirectory, tiny_model: Path
 ) -> None:
