@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import queue
@@ -83,6 +84,10 @@ def _leave_groups() -> None:
 
         distributed.barrier()
         finalize()
+    # Engines are cycles and hold groups, whose threads wake up 100 times a second until they are gone:
+    # those of a few tests together would take all processors. What is left is not looked at again.
+    gc.collect()
+    gc.freeze()
 
 
 class _Pool:
