@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -178,6 +179,7 @@ def finalize() -> None:
     parallel_state.destroy_model_parallel()
     if distributed.is_initialized():
         distributed.destroy_process_group()
+    gc.collect()  # models are cycles that hold groups, and every group of gloo a thread that never rests
 
 
 @contextmanager
