@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
 import multiprocessing
 import os
 import queue
@@ -28,6 +27,7 @@ import pytest
 from nemo_spin.launch.rank import die_with_launcher
 
 _TIMEOUT_S = 300.0
+_MOST_THREADS = 300  # every group of gloo that something still holds is one, and wakes 100 times a second
 
 
 def _free_port() -> int:
@@ -58,9 +58,13 @@ def _rank_main(tasks: Any, results: Any) -> None:
         try:
             value = function(*args)
             _leave_groups()
-            results.put((rank, True, _on_cpu(value) if rank == 0 else None))
+            results.put((rank, True, _on_cpu(value) if rank == 0 else None, _num_threads()))
         except BaseException as error:
-            results.put((rank, False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+            results.put((rank, False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}", 0))
+
+
+def _num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 def _on_cpu(value: Any) -> Any:
@@ -84,10 +88,6 @@ def _leave_groups() -> None:
 
         distributed.barrier()
         finalize()
-    # Engines are cycles and hold groups, whose threads wake up 100 times a second until they are gone:
-    # those of a few tests together would take all processors. What is left is not looked at again.
-    gc.collect()
-    gc.freeze()
 
 
 class _Pool:
@@ -107,10 +107,10 @@ class _Pool:
         port = _free_port()
         for rank in range(world_size):
             self._ranks[rank][1].put((function, rank, world_size, port, args))
-        value = None
+        value, num_threads = None, 0
         for _ in range(world_size):
             try:
-                rank, succeeded, outcome = self._results.get(timeout=_TIMEOUT_S)
+                rank, succeeded, outcome, own_threads = self._results.get(timeout=_TIMEOUT_S)
             except queue.Empty:
                 self.kill()
                 raise AssertionError(f"no rank answered for {_TIMEOUT_S:.0f} s") from None
@@ -118,6 +118,9 @@ class _Pool:
                 self.kill()
                 raise AssertionError(f"rank {rank} failed: {outcome}")
             value = outcome if rank == 0 else value
+            num_threads = max(num_threads, own_threads)
+        if num_threads > _MOST_THREADS:
+            self.kill()
         return value
 
     def kill(self) -> None:
