@@ -112,6 +112,13 @@ def plan(options: argparse.Namespace) -> None:
     print(command.written(made, as_data=options.json))
 
 
+def doctor(options: argparse.Namespace) -> None:
+    """Whether a model is supported, and which of its properties is not; reads no weights."""
+    from nemo_spin.selfplay.doctor import examine_model
+
+    print("\n".join(examine_model(Path(options.model))))
+
+
 def validate_config(options: argparse.Namespace) -> None:
     """Prints the resolved configuration, or everything that is wrong with it."""
     from nemo_spin.config.load import to_yaml
@@ -175,6 +182,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the command to use it with",
     )
     _add_plan(commands)
+    asked = commands.add_parser("doctor", help="whether a model is supported", description=doctor.__doc__)
+    asked.add_argument("--model", metavar="PATH", required=True, help="a Hugging Face directory")
+    asked.set_defaults(function=doctor)
     shown = commands.add_parser("status", help="what is done in a run directory", description=status.__doc__)
     shown.add_argument("run_dir", metavar="RUN_DIR")
     shown.set_defaults(function=status)

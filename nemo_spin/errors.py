@@ -27,7 +27,13 @@ class GenerationError(NemoSpinError):
 
 
 class CheckpointError(NemoSpinError):
-    """A checkpoint (Hugging Face or Megatron) cannot be read or does not fit."""
+    """A checkpoint (Hugging Face or Megatron) cannot be read or does not fit.
+
+    Attributes:
+        key: Of config.json, where one property of the model is at fault.
+    """
+
+    key: str | None = None
 
 
 class ExportError(NemoSpinError):

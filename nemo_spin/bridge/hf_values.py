@@ -13,7 +13,9 @@ _MEND = "mend config.json or download the model again"
 
 def refuse(key: str, value: object, rule: str, remedy: str = "choose a model without it") -> CheckpointError:
     """The error for a property of config.json that cannot be expressed."""
-    return CheckpointError(explain(f"config.json: {key}", found=repr(value), rule=rule, remedy=remedy))
+    error = CheckpointError(explain(f"config.json: {key}", found=repr(value), rule=rule, remedy=remedy))
+    error.key = key
+    return error
 
 
 def count(values: Mapping[str, Any], key: str) -> int:

@@ -141,3 +141,16 @@ class Architecture:
                 "longer ones turn every position by other angles (longrope's long_factor)"
             )
         return None
+
+    @property
+    def without_transformer_engine(self) -> str | None:
+        """The property for which layers are Megatron's local ones even where Transformer Engine is there."""
+        properties = {
+            "norms after attention and MLP": self.post_norms,
+            "attention and MLP side by side": self.parallel_residual,
+            "norms over all heads together": self.whole_qk_norm,
+            "norms that subtract the mean": self.normalization != "rms",
+            "two rotary embeddings": self.windowed_rope is not None,
+            "biases outside query, key and value": self.attention_output_bias or self.mlp_bias,
+        }
+        return next((name for name, has_it in properties.items() if has_it), None)

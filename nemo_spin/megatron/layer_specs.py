@@ -55,19 +55,6 @@ def family_settings(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def without_transformer_engine(architecture: Architecture) -> str | None:
-    """The property for which layers are Megatron's local ones even where Transformer Engine is there."""
-    properties = {
-        "norms after attention and MLP": architecture.post_norms,
-        "attention and MLP side by side": architecture.parallel_residual,
-        "norms over all heads together": architecture.whole_qk_norm,
-        "norms that subtract the mean": architecture.normalization != "rms",
-        "two rotary embeddings": architecture.windowed_rope is not None,
-        "biases outside query, key and value": architecture.attention_output_bias or architecture.mlp_bias,
-    }
-    return next((name for name, has_it in properties.items() if has_it), None)
-
-
 def norm_class(architecture: Architecture) -> type:
     """The norm of local layers."""
     return {"rms": RMSNorm, "layer": LayerNorm}[architecture.normalization]

@@ -19,12 +19,7 @@ from nemo_spin.config.schema import ModelConfig
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.fp8 import fp8_settings
-from nemo_spin.megatron.layer_specs import (
-    family_settings,
-    layer_spec,
-    norm_class,
-    without_transformer_engine,
-)
+from nemo_spin.megatron.layer_specs import family_settings, layer_spec, norm_class
 from nemo_spin.megatron.rope import PositionedRotaryEmbedding, concentration_as_scaling_factor
 from nemo_spin.megatron.stages import pipeline_settings, recompute_settings
 from nemo_spin.megatron.vocab_parallel import withhold_logits
@@ -49,7 +44,7 @@ def uses_transformer_engine(transformer_impl: str, architecture: Architecture) -
                 remedy="set model.transformer_impl=auto, or run in a container that has it",
             )
         )
-    obstacle = without_transformer_engine(architecture)
+    obstacle = architecture.without_transformer_engine
     if transformer_impl == "transformer_engine" and obstacle is not None:
         raise ConfigError(
             explain(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from nemo_spin.bridge.families.table import Family
 from nemo_spin.errors import CheckpointError, explain
@@ -38,7 +39,19 @@ def architecture_of(hf_dir: Path) -> Architecture:
         CheckpointError: There is no config.json, or it describes a model that is not
             supported; the message names the property.
     """
-    from nemo_spin.bridge.hf_config import CONFIG_NAME, read_architecture, read_json
+    from nemo_spin.bridge.hf_config import read_architecture
+
+    config, family = configuration_of(hf_dir)
+    return read_architecture(Path(hf_dir), config, family)
+
+
+def configuration_of(hf_dir: Path) -> tuple[dict[str, Any], Family]:
+    """The config.json of a Hugging Face directory, and the family that it names.
+
+    Raises:
+        CheckpointError: There is no config.json, or it names no supported family.
+    """
+    from nemo_spin.bridge.hf_config import CONFIG_NAME, read_json
 
     if not Path(hf_dir).is_dir():
         raise CheckpointError(
@@ -54,7 +67,7 @@ def architecture_of(hf_dir: Path) -> Architecture:
     name = names[0] if isinstance(names, list) and names else None
     for family in families():
         if name in family.architectures:
-            return read_architecture(Path(hf_dir), config, family)
+            return config, family
     supported = ", ".join(entry for family in families() for entry in family.architectures)
     raise CheckpointError(
         explain(

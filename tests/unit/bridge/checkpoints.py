@@ -73,11 +73,11 @@ ODD: dict[str, dict[str, Any]] = {  # of each family; 6 heads of these sizes are
     },
     "olmo2": {},
     "gpt2": {"n_inner": 36, "scale_attn_weights": False},
-    "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 5e3, "num_key_value_heads": None},
+    "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 5e3},
     "gpt_neo": {"window_size": 5, "attention_types": [[["global", "local"], 1]]},
 }
 SAVED_AS = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}  # a parameter's name -> that in files
-_OWN_NAMES = {
+_OWN_NAMES: dict[str, dict[str, Any]] = {  # of COMMON's keys; None: there is none
     "gpt2": {
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",
@@ -86,6 +86,7 @@ _OWN_NAMES = {
         "intermediate_size": None,
         "num_key_value_heads": None,
     },
+    "gpt_neox": {"num_key_value_heads": None},
     "gpt_neo": {
         "num_hidden_layers": "num_layers",
         "num_attention_heads": "num_heads",
