@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_spin.bridge.companions import TOKENIZER_FILES, refuse_strange_links
 from nemo_spin.bridge.families import architecture_of, family_of
 from nemo_spin.bridge.families.table import Family
 from nemo_spin.bridge.hf_config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_json
@@ -27,17 +28,6 @@ from nemo_spin.megatron.architecture import Architecture
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _INTEGERS = {2: np.int16, 4: np.int32}
 _CHECK_BYTES = 4 << 20  # read at once when values are checked
 _EXPONENTS: dict[str, tuple[type[np.uint16] | type[np.uint32], int]] = {
@@ -139,16 +129,26 @@ def _file_in(hf_dir: Path, index_path: Path, name: object) -> Path:
     return hf_dir / str(name)
 
 
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.bin.index.json")
+_CONVERT = (
+    "convert it where you trust it, and copy the tokenizer's files beside the result: "
+    'python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('{source}', dtype='auto').save_pretrained('{source}-safetensors')\""
+)
+
+
 def _no_safetensors(hf_dir: Path) -> CheckpointError:
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in hf_dir.glob(pattern))
+    pickled = sorted(path.name for pattern in _PICKLES for path in hf_dir.glob(pattern))
+    remedy = _CONVERT.format(source=hf_dir)
     if not pickled:
-        return damaged(hf_dir, f"has no {SINGLE_NAME} and no {INDEX_NAME}")
+        where = f"download or export the checkpoint again; if there are .bin files only, {remedy}"
+        return damaged(hf_dir, f"has no {SINGLE_NAME} and no {INDEX_NAME}", where)
     return CheckpointError(
         explain(
             str(hf_dir),
             found=f"has weights only as {pickled[0]}",
             rule="weights are safetensors; a .bin file is a pickle, which can run code, and is never opened",
-            remedy="convert it where you trust it: transformers' from_pretrained(...).save_pretrained(...)",
+            remedy=remedy,
         )
     )
 
@@ -226,6 +226,7 @@ def check_checkpoint(hf_dir: Path, *, finite: bool = True) -> Architecture:
     Raises:
         CheckpointError: Configuration, files, tensors or values are not what they must be.
     """
+    refuse_strange_links(hf_dir)
     architecture = architecture_of(hf_dir)
     checkpoint = open_model(hf_dir, architecture)
     if finite:

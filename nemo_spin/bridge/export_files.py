@@ -11,14 +11,12 @@ import contextlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.bridge.checkpoint_files import INDEX_NAME, SINGLE_NAME, TOKENIZER_FILES
-from nemo_spin.bridge.hf_config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_json
+from nemo_spin.bridge.checkpoint_files import INDEX_NAME, SINGLE_NAME
 from nemo_spin.bridge.mappings import Shape
 from nemo_spin.bridge.safetensors_format import DTYPE_OF, ITEM_SIZES, StoredTensor, layout
 from nemo_spin.data.files import read_manifest
@@ -27,7 +25,6 @@ from nemo_spin.megatron.architecture import Architecture
 
 CARD_NAME = "README.md"
 MAX_SHARD_BYTES = 10**9  # several files are hashed, and read by vLLM, at the same time
-_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 @dataclass(frozen=True)
@@ -100,34 +97,6 @@ def create_files(plan: ExportPlan, directory: Path) -> None:
         (directory / INDEX_NAME).write_text(text, encoding="utf-8")
 
 
-def copy_companions(source_dir: Path, directory: Path, *, dtype: str) -> None:
-    """Copies configuration, tokenizer, chat template and licence; code is never copied.
-
-    The configuration's dtype is changed where the export has another.
-    """
-    config = read_json(source_dir / CONFIG_NAME)
-    if _config_dtype(config) not in (None, dtype):
-        key = "dtype" if "dtype" in config else "torch_dtype"
-        config[key] = next(name for name, spelt in DTYPE_OF.items() if spelt == dtype)
-        (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    else:
-        shutil.copyfile(source_dir / CONFIG_NAME, directory / CONFIG_NAME)
-    names = [GENERATION_CONFIG_NAME, *TOKENIZER_FILES]
-    names += [path.name for pattern in _LICENCES for path in sorted(source_dir.glob(pattern))]
-    for name in names:
-        if (source_dir / name).is_file():
-            shutil.copyfile(source_dir / name, directory / name)
-    templates = source_dir / "additional_chat_templates"
-    for path in sorted(templates.glob("*.jinja")):
-        (directory / templates.name).mkdir(exist_ok=True)
-        shutil.copyfile(path, directory / templates.name / path.name)
-
-
-def _config_dtype(config: Mapping[str, Any]) -> str | None:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
-    return DTYPE_OF.get(name)
-
-
 def base_model(source_dir: Path) -> str:
     """What to call the model that all this began with: as an earlier export says, else by the source.
 
@@ -150,8 +119,8 @@ def model_card(
     """A short model card.
 
     Args:
-        extra: Facts, listed as they are; `base_model` stands in the header too, and an
-            `iteration` tells that the model comes from self-play.
+        extra: Facts, listed as they are, mappings in a section of their own; `base_model` stands in
+            the header too, and an `iteration` tells that the model comes from self-play.
     """
     spelt = next(name for name, stored in DTYPE_OF.items() if stored == dtype)
     is_self_play = extra.get("iteration") is not None
@@ -171,10 +140,18 @@ def model_card(
         "architecture": architecture.hf_architecture,
         "parameters": f"{num_parameters:,}",
         "weights": spelt,
-        **{key: value for key, value in extra.items() if value is not None},
+        **{key: value for key, value in extra.items() if not isinstance(value, Mapping)},
     }
-    lines += ["| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items())]
+    lines += _table(facts)
+    for title, section in extra.items():
+        if isinstance(section, Mapping) and section:
+            lines += ["", f"## {title.capitalize()}", "", *_table(section)]
     return "\n".join(lines) + "\n"
+
+
+def _table(facts: Mapping[str, Any]) -> list[str]:
+    rows = (f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items() if value is not None)
+    return ["| | |", "|---|---|", *rows]
 
 
 def _cell(value: object) -> str:

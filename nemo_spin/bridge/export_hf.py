@@ -20,12 +20,12 @@ from torch import Tensor, distributed, nn
 
 from nemo_spin.bridge.agreement import from_first_rank, merged, together
 from nemo_spin.bridge.checkpoint_files import open_model
+from nemo_spin.bridge.companions import copy_companions
 from nemo_spin.bridge.export_files import (
     CARD_NAME,
     MAX_SHARD_BYTES,
     ExportPlan,
     base_model,
-    copy_companions,
     create_files,
     files_in,
     model_card,

@@ -24,6 +24,8 @@ CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 _REFUSED = {  # key -> the only values (besides leaving it out) that can be expressed
     "quantization_config": (None,),
+    "compression_config": (None,),  # vLLM's other name for it
+    "speculators_config": (None,),  # vLLM would load another model that it names
     "is_encoder_decoder": (False, None),
     "use_bidirectional_attention": (False, None),
 }

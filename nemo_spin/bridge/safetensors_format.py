@@ -64,6 +64,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: The file is missing, truncated, or its header contradicts itself.
     """
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise damaged(path, "is no regular file")
         file_size = path.stat().st_size
         with path.open("rb") as stream:
             prefix = stream.read(8)
@@ -93,10 +95,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{name} is there twice")
+        values[name] = value
     return values
 
 

@@ -112,7 +112,8 @@ class SftConfig:
 class ExportConfig:
     """A checkpoint that is no iteration's (`nemo-spin export`)."""
 
-    checkpoint: str | None = None  # Megatron distributed checkpoint; null: that of an iteration
+    checkpoint: str | None = None  # Megatron distributed checkpoint (a pickle says what is where: of
+    # people you trust); null: that of an iteration
     output: str = MISSING  # Hugging Face directory to write; with `checkpoint` only
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from nemo_spin.errors import ConfigError, explain
 # must become the same ids on every day.
 _TODAY = datetime.datetime(2024, 7, 26)
 _DATE_CODES = "aAbBcdDeFHIjmMpSTuUwxXyY"
+_CONFIGS = ("tokenizer_config.json", "config.json")
+_NEVER_OPENED = "special_tokens_map_file"  # where older versions found it; it may still be there
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -23,25 +27,89 @@ def load_tokenizer(model_dir: Path) -> Any:
         ConfigError: There is none, or it cannot be read.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
+    for name in _CONFIGS:
+        _refuse_detours(model_dir, name)
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(40)  # logging.ERROR
     try:
-        return AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False, local_files_only=True)
+        with _quiet_transformers():
+            return AutoTokenizer.from_pretrained(
+                str(model_dir), trust_remote_code=False, local_files_only=True
+            )
     except Exception as error:  # whatever a broken tokenizer file makes transformers raise
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ConfigError(
-            explain(
-                f"model.path={model_dir}",
-                found=f"its tokenizer cannot be read ({said})",
-                rule="a Hugging Face directory with a tokenizer that needs no code of its own",
-                remedy="copy the tokenizer files of the model again (tokenizer.json, tokenizer_config.json)",
-            )
+        raise _unusable(
+            model_dir,
+            f"its tokenizer cannot be read ({said})",
+            "copy the tokenizer files of the model again (tokenizer.json, tokenizer_config.json)",
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No warnings, and no question on the terminal whether to run a stranger's code.
+
+    A tokenizer that consists of others loads these without passing `trust_remote_code` on.
+    """
+    from transformers import dynamic_module_utils
+    from transformers.utils import logging
+
+    verbosity, patience = logging.get_verbosity(), dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    logging.set_verbosity(40)  # logging.ERROR
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience
+
+
+def _refuse_detours(model_dir: Path, name: str) -> None:
+    """Refuses a configuration that names a class that is no tokenizer, or a file elsewhere.
+
+    `transformers` looks `tokenizer_class` up among all it has, models that read pickles included,
+    and some versions open whatever file is named here.
+
+    Raises:
+        ConfigError: It does.
+    """
+    import transformers
+
+    try:
+        values = json.loads((model_dir / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # missing or broken: `transformers` says so
+    if not isinstance(values, dict):
+        return
+    class_name, named = values.get("tokenizer_class"), None
+    if isinstance(class_name, str):
+        with contextlib.suppress(ImportError, RuntimeError):  # a class whose packages are broken
+            named = getattr(transformers, class_name, None)
+    is_tokenizer = isinstance(named, type) and (
+        issubclass(named, transformers.PreTrainedTokenizerBase)
+        or type(named).__name__ == "DummyObject"  # says which package it lacks
+    )
+    if named is not None and not is_tokenizer:
+        raise _unusable(model_dir, f"{name} says tokenizer_class {class_name}, which is no tokenizer")
+    for key, value in values.items():
+        if not key.endswith(("_file", "_files")) or key == _NEVER_OPENED:
+            continue
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, str) and _is_elsewhere(model_dir, path):
+                raise _unusable(model_dir, f"{name} says {key} {path}, a file outside of the directory")
+
+
+def _is_elsewhere(model_dir: Path, path: str) -> bool:
+    """Whether a path leads to a file outside of the directory; one of another machine leads nowhere."""
+    leaves = os.path.isabs(path) or os.path.normpath(path).startswith("..")
+    return leaves and (model_dir / path).exists()
+
+
+def _unusable(
+    model_dir: Path, found: str, remedy: str = "get the model where you trust it, or mend that file"
+) -> ConfigError:
+    rule = "a Hugging Face directory with a tokenizer that needs no code of its own and no file elsewhere"
+    return ConfigError(explain(f"model.path={model_dir}", found=found, rule=rule, remedy=remedy))
 
 
 def generation_eos_ids(model_dir: Path) -> list[int]:

@@ -90,6 +90,8 @@ class VllmOffline:
             dtype=dtype,
             skip_tokenizer_init=True,  # token ids in, token ids out
             trust_remote_code=False,
+            config_format="hf",  # what was checked, and no other files that may lie beside it:
+            load_format="safetensors",  # no pickles, no consolidated.safetensors
             tensor_parallel_size=settings.tensor_parallel_size,
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,

@@ -244,16 +244,18 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
     _refused(tmp_path, "model.safetensors.index.json")
 
 
-def test_pickles_are_refused_with_a_hint_and_never_opened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "pytorch_model.bin.index.json"])
+def test_pickles_are_refused_with_a_hint_and_never_opened(tmp_path: Path, name: str) -> None:
     make_checkpoint(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    _refused(tmp_path, "pytorch_model.bin", "pickle", "save_pretrained")
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / name)  # whoever opens it waits for ever
+    _refused(tmp_path, name, "pickle", f"M.from_pretrained('{tmp_path}', dtype='auto').save_pretrained(")
 
 
 def test_no_weights_at_all(tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    _refused(tmp_path, str(tmp_path))
+    _refused(tmp_path, str(tmp_path), "save_pretrained(")
 
 
 def test_a_hash_follows_weights_configuration_and_tokenizer_and_nothing_else(tmp_path: Path) -> None:

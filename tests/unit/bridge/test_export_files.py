@@ -1,6 +1,5 @@
 """What an export consists of beside its values."""
 
-import json
 import os
 import resource
 from collections.abc import Iterator
@@ -11,15 +10,13 @@ import pytest
 from nemo_spin.bridge.checkpoint_files import open_checkpoint
 from nemo_spin.bridge.export_files import (
     base_model,
-    copy_companions,
     create_files,
-    files_in,
     model_card,
     plan_export,
 )
 from nemo_spin.bridge.families import architecture_of, family_of
 from nemo_spin.data.files import write_manifest
-from tests.unit.bridge.checkpoints import edit_config, make_checkpoint
+from tests.unit.bridge.checkpoints import make_checkpoint
 
 SHAPES = {"a": (10, 4), "b": (3,), "c": (10, 4), "d": (100, 2), "e": (1,)}
 
@@ -77,50 +74,19 @@ def test_the_order_is_that_of_the_table(tmp_path: Path) -> None:
     assert layers == sorted(layers)
 
 
-def test_companions_are_copied_and_code_is_not(tmp_path: Path) -> None:
-    source, target = make_checkpoint(tmp_path / "source"), tmp_path / "target"
-    target.mkdir()
-    copied = {
-        "tokenizer.json": "{}",
-        "tokenizer_config.json": "{}",
-        "chat_template.jinja": "{{ messages }}",
-        "LICENSE.txt": "the licence",
-        "additional_chat_templates/tools.jinja": "{{ tools }}",
-    }
-    left = {
-        "modeling_evil.py": "boom()",
-        "README.md": "another card",
-        "training_args.bin": "x",
-        "notes.txt": "x",
-    }
-    for name, text in {**copied, **left}.items():
-        (source / name).parent.mkdir(exist_ok=True)
-        (source / name).write_text(text)
-    copy_companions(source, target, dtype="F32")
-    assert files_in(target) == sorted([*copied, "config.json", "generation_config.json"])
-    for name, text in copied.items():
-        assert (target / name).read_text() == text
-    assert (target / "config.json").read_bytes() == (source / "config.json").read_bytes()
-
-
-@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-def test_another_dtype_is_told_in_the_configuration(tmp_path: Path, key: str) -> None:
-    source, target = make_checkpoint(tmp_path / "source"), tmp_path / "target"
-    target.mkdir()
-    edit_config(source, remove=("dtype",))
-    edit_config(source, **{key: "float32"})
-    copy_companions(source, target, dtype="BF16")
-    before, after = (json.loads((path / "config.json").read_text()) for path in (source, target))
-    assert after == {**before, key: "bfloat16"}
-
-
 def test_the_card_lists_the_facts(tmp_path: Path) -> None:
     architecture = architecture_of(make_checkpoint(tmp_path))
     card = model_card(
         architecture,
         dtype="BF16",
         num_parameters=1234567,
-        extra={"base_model": "org/model: 2", "iteration": 1, "note": "a|b\nc"},
+        extra={
+            "base_model": "org/model: 2",
+            "iteration": 1,
+            "note": "a|b\nc",
+            "settings": {"spin.beta": 0.1, "spin.loss": "logistic"},
+            "metrics": {},
+        },
     )
     assert card.startswith('---\nbase_model: "org/model: 2"\n')
     for line in (
@@ -128,8 +94,12 @@ def test_the_card_lists_the_facts(tmp_path: Path) -> None:
         "| iteration | 1 |",
         "| note | a\\|b c |",
         "| weights | bfloat16 |",
+        "| spin.beta | 0.1 |",
+        "| spin.loss | logistic |",
     ):
         assert line in card.splitlines()
+    assert card.index("| iteration") < card.index("\n\n## Settings\n\n| | |\n|---|---|\n| spin.beta")
+    assert "Metrics" not in card
 
 
 def test_the_card_speaks_of_self_play_only_where_there_was_some(tmp_path: Path) -> None:

@@ -262,6 +262,8 @@ def test_each_layer_has_its_window(
         ),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compression_config"),
+        ({"speculators_config": {"verifier": {"name_or_path": "/elsewhere"}}}, "speculators_config"),
         ({"partial_rotary_factor": 0.4}, "partial_rotary_factor"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),

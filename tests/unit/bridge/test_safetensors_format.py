@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tempfile
 from pathlib import Path
 
@@ -112,12 +113,33 @@ def _tensor(start: int, stop: int, **changes: object) -> dict[str, object]:
         ({"a": _tensor(0, 3), "b": _tensor(2, 4)}, "tensor b begins"),
         ({"a": _tensor(0, 2), "b": _tensor(3, 4)}, "tensor b begins"),
         ({"a": _tensor(0, 3)}, "4 bytes|describes"),
+        ({"a": _tensor(0, 4), "b": _tensor(0, 4)}, "tensor b begins"),
+        ({"a": _tensor(0, 2**63)}, "describes"),
+        ({"a": _tensor(0, 4), "b": _tensor(2**63, 2**63 + 4)}, "tensor b begins"),
+        ({"a": _tensor(0, 4, shape=[2**40, 2**40])}, "tensor a has 4 bytes"),
+        ({"a": _tensor(4, 0, shape=[0])}, "tensor a has -4 bytes"),
+        ({"a": _tensor(0, 4, data_offsets=[0, 1e999])}, "tensor a"),
+        ({"a": _tensor(-8, -4, shape=[4])}, "tensor a"),
     ],
     ids=str,
 )
 def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path, header: object, found: str) -> None:
     with pytest.raises(CheckpointError, match=found):
         read_header(_with_header(tmp_path / "x.safetensors", header, b"1234"))
+
+
+@pytest.mark.parametrize("length", [2**64 - 1, 2**63, 100_000_001, 5])
+def test_a_header_longer_than_the_file_is_not_read(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="truncated"):
+        read_header(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        read_header(tmp_path / "x.safetensors")
 
 
 def _errors_name_the_file(path: Path) -> None:

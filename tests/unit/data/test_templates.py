@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -245,19 +244,3 @@ def test_missing_and_broken_tokenizers(tmp_path: Path) -> None:
     (directory / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match=r"model\.path"):
         load_tokenizer(directory)
-
-
-def test_a_strangers_template_and_tokenizer_cannot_run_code(tmp_path: Path) -> None:
-    escape = "{{ messages.__class__.__mro__[1].__subclasses__() }}" + TEMPLATES["chatml"]
-    with pytest.raises(ConfigError):
-        load_template(DataConfig(), save_tokenizer(tmp_path / "jinja", template=escape))
-    directory = save_tokenizer(tmp_path / "code")
-    settings = json.loads((directory / "tokenizer_config.json").read_text())
-    settings["auto_map"] = {"AutoTokenizer": [None, "evil.Tokenizer"]}
-    settings["tokenizer_class"] = "Tokenizer"
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    marker = tmp_path / "ran"
-    (directory / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Tokenizer: pass\n")
-    with pytest.raises(ConfigError):
-        load_tokenizer(directory)
-    assert not marker.exists()
