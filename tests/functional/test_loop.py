@@ -122,6 +122,17 @@ def test_everything_is_there_and_done_again_within_seconds(config: Path, finishe
         assert (finished / name).stat().st_size > 0
     steps = [json.loads(line) for line in (finished / "iter_00" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if line["split"] == "train"] == list(range(6))
+    card = (finished / "iter_00" / "model" / "README.md").read_text()
+    for line in (
+        "iteration | 0",
+        "spin.beta | 0.1",
+        "generation.max_tokens | 16",
+        "steps | 6",
+        "train rows | 48",
+    ):
+        assert f"| {line} |" in card
+    assert "| heldout_margin |" in card
+    assert str(config.parent) not in card
     before = hashes(finished)
     began = time.monotonic()
     again = nemo_spin("run", "--config", str(config), f"run_dir={finished}")

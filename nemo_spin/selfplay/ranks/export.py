@@ -12,6 +12,7 @@ from nemo_spin.megatron.checkpoint import load_checkpoint, save_checkpoint
 from nemo_spin.megatron.checkpoint_files import latest_checkpoint
 from nemo_spin.megatron.runtime import first_rank_writes
 from nemo_spin.selfplay.ranks.context import StageContext
+from nemo_spin.selfplay.ranks.facts import training_facts
 
 
 def export(context: StageContext) -> None:
@@ -41,7 +42,7 @@ def export(context: StageContext) -> None:
         out_dir=here.model,
         dtype=None,
         progress=context.progress,
-        extra={"inputs": context.inputs, "iteration": context.iteration},
+        extra={"inputs": context.inputs, "iteration": context.iteration, **training_facts(context)},
     )
     if context.config.spin.gates.export:
         verify_export(engine.chunks, here.model, architecture)
