@@ -62,6 +62,15 @@ def test_layers_of_a_later_stage_have_their_number_in_the_whole_model() -> None:
     assert [piece.tensor for piece in placed.pieces] == ["model.layers.3.mlp.down_proj.weight"]
 
 
+def test_chunks_of_an_interleaved_stage_have_the_numbers_of_their_own_layers() -> None:
+    chunks = [_stage(number, mlp=_Holder(linear_fc2=_Holder(weight=_weight(8, 12)))) for number in (2, 4)]
+    placed = placement.place(chunks, ARCHITECTURE)
+    assert [entry.name for entry in placed] == [
+        "decoder.layers.1.mlp.linear_fc2.weight",
+        "decoder.layers.3.mlp.linear_fc2.weight",
+    ]
+
+
 def test_norms_inside_transformer_engines_layers_are_found() -> None:
     chunk = _stage(
         2,
