@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,9 @@ def test_what_is_written_becomes_durable_while_more_is_written(
     blocks = BlockWriter(tmp_path)
     for row in range(200):
         blocks.write(target(tmp_path, rows=200, columns=8), row, np.zeros((1, 8), np.int32))
+    end = time.monotonic() + 30  # a busy machine gives the other thread its turn late
+    while not synced and time.monotonic() < end:
+        time.sleep(0.001)
     blocks.close()
     assert synced
 
