@@ -137,6 +137,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "data.overlong_prompt": ("quarantine", "truncate_left"),
     "data.overlong_response": ("truncate", "quarantine"),
     "generation.engine": ("vllm",),
+    "generation.keep_engine": ("auto", "always", "never"),
     "generation.dtype": ("auto", "float32", "bfloat16", "float16"),
     "trainer.accelerator": ("auto", "gpu", "cpu"),
     "trainer.precision": ("auto", "32", "bf16"),

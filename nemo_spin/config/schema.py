@@ -163,6 +163,9 @@ class GenerationConfig:
     max_num_seqs: int = 256
     kv_cache_gib: float | None = None  # null: from the model and max_num_seqs (CPU), vLLM's own (GPU)
     dtype: str = "auto"  # auto: as trained (trainer.precision)
+    # auto | always | never: an engine lives on and gets the next model's weights. With auto
+    # it ends before training on a GPU, and on a CPU where it holds much memory.
+    keep_engine: str = "auto"
     load_timeout_s: float = 1800.0
     shard_timeout_s: float = 3600.0
 

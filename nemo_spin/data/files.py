@@ -157,12 +157,14 @@ class Manifest:
             the configuration that matters (a mapping). Compared on every start.
         files: Relative path -> `{"size": bytes, "sha256": hex}`.
         counts: Row and token counts and other results worth showing.
+        notes: How it came about, such as times: nothing depends on it.
     """
 
     stage: str
     inputs: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def sha256(self) -> str:
         """One hash for the contents of all files (not for how they came about)."""
@@ -177,6 +179,7 @@ def write_manifest(
     inputs: Mapping[str, Any],
     counts: Mapping[str, Any],
     hashes: Mapping[str, str] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Hashes `files` (relative to `directory`) and writes the manifest, last of all.
 
@@ -187,6 +190,7 @@ def write_manifest(
         inputs: See `Manifest`.
         counts: See `Manifest`.
         hashes: sha256 of those files that were hashed already.
+        notes: See `Manifest`.
     """
     known = dict(hashes or {})
     hashed = sha256_files([directory / name for name in files if name not in known])
@@ -195,6 +199,7 @@ def write_manifest(
         stage=stage,
         inputs=dict(inputs),
         counts=dict(counts),
+        notes=dict(notes or {}),
         files={
             name: {
                 "size": (directory / name).stat().st_size,

@@ -22,7 +22,8 @@ from nemo_spin.errors import ConfigError, explain
 from nemo_spin.evaluate.scorer import Scorer, checked_score, load_scorer, scorer_sha256
 from nemo_spin.generation import stage
 from nemo_spin.generation.counts import count_answers
-from nemo_spin.generation.process import RunningGeneration, wait
+from nemo_spin.generation.job import RunningGeneration, wait
+from nemo_spin.generation.keeper import EngineKeeper
 
 RESULTS_NAME = "evaluation.json"
 ANSWERS_NAME = "evaluation.parquet"
@@ -56,6 +57,8 @@ def start(
     inputs: Mapping[str, Any],
     progress_path: Path,
     log_path: Path,
+    canary_path: Path | None = None,
+    keeper: EngineKeeper | None = None,
 ) -> RunningGeneration:
     """Starts answering the held-out prompts.
 
@@ -69,6 +72,8 @@ def start(
         inputs: What the result depends on; must be those of an earlier start.
         progress_path: Where the sampler reports how far it is.
         log_path: Where its output goes.
+        canary_path: What Megatron says about the model; None: not known.
+        keeper: Gives an engine that lives on, and takes it back; None: one for this alone.
 
     Raises:
         NemoSpinError: The scorer, the model, the prompts or the directory cannot be used.
@@ -82,6 +87,8 @@ def start(
         inputs=inputs,
         progress_path=progress_path,
         log_path=log_path,
+        canary_path=canary_path,
+        keeper=keeper,
     )
 
 
@@ -94,6 +101,7 @@ def finish(
     iteration: int,
     model_sha256: str,
     inputs: Mapping[str, Any],
+    notes: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Scores and counts the answers; writes results, texts and the manifest.
 
@@ -105,6 +113,7 @@ def finish(
         iteration: As for `start`.
         model_sha256: As for `start`.
         inputs: As for `start`; the manifest holds them.
+        notes: Of the job that `start` gave, for the manifest.
 
     Returns:
         The manifest; its counts are the results: for each pass the mean score (None
@@ -138,7 +147,12 @@ def finish(
         pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
     write_json(out_dir / RESULTS_NAME, results)
     return write_manifest(
-        out_dir, stage="evaluate", files=[*files, ANSWERS_NAME, RESULTS_NAME], inputs=inputs, counts=results
+        out_dir,
+        stage="evaluate",
+        files=[*files, ANSWERS_NAME, RESULTS_NAME],
+        inputs=inputs,
+        counts=results,
+        notes=notes,
     )
 
 

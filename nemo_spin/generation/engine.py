@@ -1,8 +1,7 @@
 """What this package asks of a sampler, whichever it is.
 
 An engine answers token ids with token ids. Today one implementation lives in the
-worker's process (`vllm_offline`); one that loads new weights while it lives, or that
-speaks to a server, has the same face.
+worker's process (`vllm_offline`); one that speaks to a server has the same face.
 """
 
 from __future__ import annotations
@@ -63,7 +62,15 @@ class Answer:
 
 
 class Engine(Protocol):
-    """A loaded model that answers prompts."""
+    """A loaded model that answers prompts.
+
+    Attributes:
+        device: What it computes on: `cpu`, or the kind of accelerator.
+        can_refresh: Whether `refresh` is something it can do.
+    """
+
+    device: str
+    can_refresh: bool
 
     def answer(
         self, prompts: Sequence[Prompt], sampling: Sampling, on_done: Callable[[int], None]
@@ -76,4 +83,16 @@ class Engine(Protocol):
             prompts: The requests.
             sampling: Holds for all of them.
             on_done: Told the number of prompts answered since it was last told.
+        """
+
+    def logps(self, texts: Sequence[list[int]]) -> list[list[float]]:
+        """Log-probability, in nats, of every token of each text but its first."""
+
+    def refresh(self, model_dir: str) -> None:
+        """Takes the weights of another directory of the same architecture.
+
+        After an exception the engine is not to be used any more.
+
+        Args:
+            model_dir: Hugging Face directory.
         """

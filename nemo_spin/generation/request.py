@@ -8,7 +8,7 @@ can do a part of the work.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class EngineSettings:
             own choice on a GPU, and on a CPU what `capacity.kv_cache_bytes` says.
         kv_numbers_per_token: Numbers kept for a token on each device.
         vocab_size: Rows of the embedding.
+        model_sha256: Hash of the model: an engine that has it needs no other weights.
     """
 
     name: str
@@ -43,6 +44,24 @@ class EngineSettings:
     kv_cache_bytes: int | None
     kv_numbers_per_token: int
     vocab_size: int
+    model_sha256: str
+
+    def fits(self, other: EngineSettings) -> bool:
+        """Whether an engine with these settings answers like one with `other`, given its weights."""
+        return replace(self, model_dir=other.model_dir, model_sha256=other.model_sha256) == other
+
+
+@dataclass(frozen=True)
+class CanaryCheck:
+    """What the engine is asked before it answers prompts (`canary.py`).
+
+    Attributes:
+        path: The canary of the model.
+        tolerance: Mean absolute difference from it, nats per token; None: by its precision.
+    """
+
+    path: str
+    tolerance: float | None
 
 
 @dataclass(frozen=True)
@@ -81,15 +100,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """All that one sampler process is asked to do.
+    """All that a sampler's process is asked to do at once.
 
     Attributes:
-        engine: How the model is loaded, once for all passes.
+        engine: How the model is loaded, once for all passes, unless the process has it already.
         passes: What is answered. Shards that exist are left as they are.
         out_dir: Where the shards go.
         progress_path: The file the command on the user's terminal follows.
         status_path: The file the watchdog follows (`status.py`).
-        log_path: Where the process's output goes; for messages.
+        log_path: Where the process's output goes.
+        canary: How the engine's weights are checked; None: not.
     """
 
     engine: EngineSettings
@@ -98,6 +118,7 @@ class GenerationRequest:
     progress_path: str
     status_path: str
     log_path: str
+    canary: CanaryCheck | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are written."""
@@ -112,6 +133,7 @@ class GenerationRequest:
                 **plain,
                 "engine": EngineSettings(**plain["engine"]),
                 "passes": tuple(_pass(entry) for entry in plain["passes"]),
+                "canary": None if plain["canary"] is None else CanaryCheck(**plain["canary"]),
             }
         )
 

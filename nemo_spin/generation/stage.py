@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from nemo_spin.errors import ConfigError, DataError, explain
 from nemo_spin.generation.counts import count_answers
 from nemo_spin.generation.engine import Sampling
 from nemo_spin.generation.environment import find_python, python_path
-from nemo_spin.generation.process import NothingToDo, RunningGeneration, Timeouts, WorkerProcess
+from nemo_spin.generation.job import NothingToDo, RunningGeneration, SamplerJob, Timeouts
+from nemo_spin.generation.keeper import EngineKeeper
+from nemo_spin.generation.process import Interpreter
 from nemo_spin.generation.prompts import PromptLengths, check_prompts
-from nemo_spin.generation.request import EngineSettings, GenerationRequest, Pass
+from nemo_spin.generation.request import CanaryCheck, EngineSettings, GenerationRequest, Pass
 from nemo_spin.generation.resume import keep_sound_shards, write_request
 from nemo_spin.generation.shards import PreparedRows, plan_shards, shard_damage
 from nemo_spin.megatron.architecture import Architecture
@@ -63,6 +65,8 @@ def generate(
     inputs: Mapping[str, Any],
     progress_path: Path,
     log_path: Path,
+    canary_path: Path | None = None,
+    keeper: EngineKeeper | None = None,
 ) -> RunningGeneration:
     """Starts answering the prompts of all splits; sound shards of an earlier start are kept.
 
@@ -76,6 +80,8 @@ def generate(
         inputs: What the result depends on; must be those of an earlier start.
         progress_path: Where the sampler reports how far it is.
         log_path: Where its output goes.
+        canary_path: What Megatron says about the opponent (`canary.py`); None: not known.
+        keeper: Gives an engine that lives on, and takes it back; None: one for this alone.
 
     Returns:
         The running process; `finish` is called when its `poll` gives 0.
@@ -91,6 +97,8 @@ def generate(
         inputs=inputs,
         progress_path=progress_path,
         log_path=log_path,
+        canary_path=canary_path,
+        keeper=keeper,
     )
 
 
@@ -102,6 +110,7 @@ def finish(
     iteration: int,
     opponent_sha256: str,
     inputs: Mapping[str, Any],
+    notes: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Checks all shards, counts, and writes the manifest, which makes the stage done.
 
@@ -112,6 +121,7 @@ def finish(
         iteration: As for `generate`.
         opponent_sha256: As for `generate`.
         inputs: As for `generate`; the manifest holds them.
+        notes: Of the job that `generate` gave, for the manifest.
 
     Raises:
         DataError: A shard is missing or damaged.
@@ -120,7 +130,7 @@ def finish(
     requests = [request_of(config, plan) for plan in passes]
     counts = {request.name: count_answers(sound_tables(out_dir, request)) for request in requests}
     files = [shard.file for request in requests for shard in request.shards]
-    return write_manifest(out_dir, stage="generate", files=files, inputs=inputs, counts=counts)
+    return write_manifest(out_dir, stage="generate", files=files, inputs=inputs, counts=counts, notes=notes)
 
 
 def start(
@@ -132,6 +142,8 @@ def start(
     inputs: Mapping[str, Any],
     progress_path: Path,
     log_path: Path,
+    canary_path: Path | None = None,
+    keeper: EngineKeeper | None = None,
 ) -> RunningGeneration:
     """Starts one sampler for all passes, where a shard of them is missing.
 
@@ -143,6 +155,8 @@ def start(
         inputs: As for `generate`.
         progress_path: As for `generate`.
         log_path: As for `generate`.
+        canary_path: As for `generate`.
+        keeper: As for `generate`.
 
     Raises:
         NemoSpinError: As `generate`.
@@ -157,12 +171,13 @@ def start(
         progress.note(f"{crowded} prompts leave less room than generation.max_tokens in the model's context")
     status_path = log_path.with_name(f"{log_path.name}.status")
     request = GenerationRequest(
-        engine=_engine_settings(config, model_dir, architecture, passes=passes, lengths=lengths),
+        engine=_engine_settings(config, model_dir, architecture, passes),
         passes=tuple(request_of(config, plan) for plan in passes),
         out_dir=str(out_dir.absolute()),
         progress_path=str(progress_path.absolute()),
         status_path=str(status_path.absolute()),
         log_path=str(log_path.absolute()),
+        canary=_canary_check(config, canary_path),
     )
     out_dir.mkdir(parents=True, exist_ok=True)
     request_path = write_request(request, inputs)
@@ -170,13 +185,14 @@ def start(
         return NothingToDo()
     _check_model(model_dir)
     python = find_python(config.generation.python)
-    return WorkerProcess(
-        python=python,
+    return SamplerJob(
+        request=request,
         request_path=request_path,
-        status_path=status_path,
-        log_path=log_path,
-        python_path=python_path(python, log_path.parent),
+        interpreter=Interpreter(python, python_path(python, log_path.parent)),
         timeouts=Timeouts(config.generation.load_timeout_s, config.generation.shard_timeout_s),
+        progress=progress,
+        keeper=keeper,
+        keep=config.generation.keep_engine,
     )
 
 
@@ -262,12 +278,7 @@ def request_of(config: Config, plan: PassPlan) -> Pass:
 
 
 def _engine_settings(
-    config: Config,
-    model_dir: Path,
-    architecture: Architecture,
-    *,
-    passes: Sequence[PassPlan],
-    lengths: Sequence[PromptLengths],
+    config: Config, model_dir: Path, architecture: Architecture, passes: Sequence[PassPlan]
 ) -> EngineSettings:
     generation = config.generation
     if generation.replicas != 1:
@@ -281,10 +292,7 @@ def _engine_settings(
         )
     size = generation.tensor_parallel_size
     groups = -(-architecture.num_query_groups // size)
-    needed = max(
-        (length.longest + plan.sampling.max_tokens for length, plan in zip(lengths, passes, strict=True)),
-        default=1,
-    )
+    needed = _longest_prompt(passes, architecture) + config.generation.max_tokens
     kv_cache_gib = generation.kv_cache_gib
     return EngineSettings(
         name=generation.engine,
@@ -296,7 +304,15 @@ def _engine_settings(
         kv_cache_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
         kv_numbers_per_token=2 * architecture.num_layers * groups * architecture.head_dim,
         vocab_size=architecture.vocab_size,
+        model_sha256=passes[0].model_sha256 if passes else "",
     )
+
+
+def _canary_check(config: Config, path: Path | None) -> CanaryCheck | None:
+    gates = config.spin.gates
+    if path is None or not path.exists() or not gates.sampler:
+        return None
+    return CanaryCheck(str(path.absolute()), gates.sampler_tolerance)
 
 
 def _check_prompts(plan: PassPlan, architecture: Architecture) -> PromptLengths:
@@ -307,6 +323,21 @@ def _check_prompts(plan: PassPlan, architecture: Architecture) -> PromptLengths:
         max_context=_max_context(architecture),
         max_tokens=plan.sampling.max_tokens,
     )
+
+
+def _longest_prompt(passes: Sequence[PassPlan], architecture: Architecture) -> int:
+    """Tokens of the longest prompt of all splits, asked for or not.
+
+    So one engine serves all stages of a run, and has the same settings in all: they decide
+    which prompts are computed together, and so the last bits of a number.
+    """
+    plans = {
+        path: replace(plan, prepared=path, num_prompts=None)
+        for plan in passes
+        for path in (plan.prepared, *(plan.prepared.with_name(f"{split}.parquet") for split in SPLITS))
+        if path.exists()
+    }
+    return max((_check_prompts(plan, architecture).longest for plan in plans.values()), default=1)
 
 
 def _check_stop_token_ids(config: Config, architecture: Architecture) -> None:

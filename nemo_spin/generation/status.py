@@ -7,14 +7,41 @@ time between lines on its own clock; the clocks of two machines are never compar
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from nemo_spin.errors import NemoSpinError, error_from_name
 
 LOAD = "load"
+REFRESH = "refresh"
+CANARY = "canary"
 SHARD = "shard"
-END = "end"
+DONE = "done"
+
+
+STARTED, REFRESHED, KEPT = "started", "refreshed", "kept"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """How a request came to an engine.
+
+    Attributes:
+        way: `STARTED`, `REFRESHED` (a living one got new weights) or `KEPT` (it had them).
+        seconds: How long it took; for `STARTED` without the start of the process.
+        device: See `Engine.device`.
+        can_refresh: See `Engine.can_refresh`.
+        canary_texts: How many texts were compared with Megatron's numbers; 0: none.
+        canary_difference: Mean absolute difference, nats per token.
+    """
+
+    way: str
+    seconds: float
+    device: str
+    can_refresh: bool
+    canary_texts: int = 0
+    canary_difference: float | None = None
 
 
 class StatusWriter:
@@ -32,16 +59,21 @@ class StatusWriter:
         """A step begins, the one before is done.
 
         Args:
-            kind: `LOAD`, `SHARD` or `END`.
+            kind: `LOAD`, `REFRESH`, `CANARY`, `SHARD` or `DONE` (all is answered; the process
+                waits for another request, or for its end).
             name: For messages.
         """
         self._write(kind=kind, name=name)
+
+    def opened(self, opened: Opened) -> None:
+        """The engine is ready."""
+        self._write(opened=asdict(opened))
 
     def error(self, error: NemoSpinError) -> None:
         """The process cannot go on."""
         self._write(error=type(error).__name__, message=str(error))
 
-    def _write(self, **event: str) -> None:
+    def _write(self, **event: Any) -> None:
         self._stream.write(json.dumps(event) + "\n")
 
 
@@ -50,7 +82,7 @@ class Step:
     """What the process is doing.
 
     Attributes:
-        kind: `LOAD`, `SHARD` or `END`.
+        kind: See `StatusWriter.step`.
         name: For messages.
         number: Counts the steps, from 0.
     """
@@ -73,6 +105,7 @@ class StatusReader:
         self._rest = b""
         self.step = Step(LOAD, "starting", 0)
         self.error: NemoSpinError | None = None
+        self.opened: Opened | None = None
 
     def poll(self) -> None:
         """Reads what was appended since the last time."""
@@ -88,5 +121,7 @@ class StatusReader:
             event = json.loads(line)
             if "error" in event:
                 self.error = error_from_name(event["error"], event["message"])
+            elif "opened" in event:
+                self.opened = Opened(**event["opened"])
             else:
                 self.step = Step(event["kind"], event["name"], self.step.number + 1)

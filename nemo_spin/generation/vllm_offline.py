@@ -1,4 +1,4 @@
-"""vLLM in the sampler's own process: loads a directory once, answers batches of prompts.
+"""vLLM in the sampler's own process: loads a directory, answers batches of prompts.
 
 Imported by the worker alone. vLLM changes its host's random state, threads and
 environment, so nothing else lives in that process.
@@ -16,6 +16,7 @@ from typing import Any
 from nemo_spin.errors import GenerationError, explain
 from nemo_spin.generation.capacity import kv_cache_bytes, memory_bytes
 from nemo_spin.generation.engine import Answer, Prompt, Sampling
+from nemo_spin.generation.refresh import can_reload, reload_weights
 from nemo_spin.generation.request import EngineSettings
 
 _CPU_BATCHED_TOKENS = 8192  # per step; at least the longest request
@@ -84,6 +85,8 @@ class VllmOffline:
                 max_num_seqs=settings.max_num_seqs,
                 memory_bytes=memory_bytes(),
             )
+        self.device = "cpu" if on_cpu else str(current_platform.device_type)
+        self.can_refresh = can_reload()
         self._params = vllm.SamplingParams
         self._llm = vllm.LLM(
             model=settings.model_dir,
@@ -123,6 +126,27 @@ class VllmOffline:
         if len(outputs) != len(prompts):
             raise _unexpected(f"{len(outputs)} answers to {len(prompts)} prompts")
         return [_answer(output, prompt, sampling) for output, prompt in zip(outputs, prompts, strict=True)]
+
+    def logps(self, texts: Sequence[list[int]]) -> list[list[float]]:
+        """See `Engine.logps`."""
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": text} for text in texts],
+            self._params(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
+            use_tqdm=False,
+        )
+        values = []
+        for text, output in zip(texts, outputs, strict=True):
+            entries = output.prompt_logprobs
+            if entries is None or len(entries) != len(text):
+                raise _unexpected("a prompt without the log-probability of each token")
+            values.append(
+                [float(entry[token].logprob) for entry, token in zip(entries[1:], text[1:], strict=True)]
+            )
+        return values
+
+    def refresh(self, model_dir: str) -> None:
+        """See `Engine.refresh`."""
+        reload_weights(self._llm, model_dir)
 
     def _sampling_params(self, prompt: Prompt, sampling: Sampling) -> Any:
         return self._params(

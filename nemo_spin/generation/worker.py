@@ -1,56 +1,29 @@
 """The sampler's process: `python -m nemo_spin.generation.worker REQUEST.json`.
 
 Runs under the interpreter that has vLLM, which may have little else: it imports neither
-the configuration nor Megatron or NeMo. It loads the model once, answers what the request
-names shard by shard, and leaves a shard that exists as it is.
+the configuration nor Megatron or NeMo. It loads the model, answers what the request names
+shard by shard, leaves a shard that exists as it is, and waits for the path of another
+request, which may name other weights.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import traceback
 from pathlib import Path
+from typing import TextIO
 
 from nemo_spin.data.progress import Progress, ProgressFile
 from nemo_spin.errors import GenerationError, NemoSpinError, explain
 from nemo_spin.generation import status
 from nemo_spin.generation.engine import Answer, Engine, Prompt
+from nemo_spin.generation.host import EngineHost, describe
 from nemo_spin.generation.lifeline import die_with_parent
 from nemo_spin.generation.request import EngineSettings, GenerationRequest, Pass, ShardPlan, read_request
 from nemo_spin.generation.seeds import request_seed
 from nemo_spin.generation.shards import PreparedRows, answers_table, write_shard
-
-
-def open_engine(settings: EngineSettings) -> Engine:
-    """Loads the model into the engine that the request names.
-
-    Raises:
-        GenerationError: It cannot be loaded.
-    """
-    try:
-        match settings.name:
-            case "vllm":
-                from nemo_spin.generation.vllm_offline import VllmOffline
-
-                return VllmOffline(settings)
-            case name:
-                raise GenerationError(
-                    explain("generation.engine", found=name, rule="vllm", remedy="set it to vllm")
-                )
-    except NemoSpinError:
-        raise
-    except Exception as error:
-        traceback.print_exc()
-        raise GenerationError(
-            explain(
-                settings.model_dir,
-                found=f"could not be loaded into {settings.name} ({_describe(error)})",
-                rule="a complete Hugging Face directory of a model that the engine supports",
-                remedy="the log says more; see also generation.dtype, generation.kv_cache_gib and "
-                "generation.tensor_parallel_size",
-            )
-        ) from error
 
 
 class Reporter:
@@ -148,34 +121,66 @@ def _engine_failed(shard: ShardPlan, error: Exception) -> GenerationError:
     return GenerationError(
         explain(
             shard.file,
-            found=f"the engine failed ({_describe(error)})",
+            found=f"the engine failed ({describe(error)})",
             rule="the engine answers every prompt of a shard",
             remedy="the log says more; the same command goes on with a new engine at this shard",
         )
     )
 
 
-def _describe(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
-def main(arguments: list[str]) -> int:
-    """Runs one request; returns the exit code."""
-    die_with_parent()
-    request = read_request(Path(arguments[0]))
+def serve(request: GenerationRequest, host: EngineHost) -> int:
+    """Does what a request asks; returns 0, or the exit code of what went wrong."""
     steps = status.StatusWriter(Path(request.status_path))
     try:
-        steps.step(status.LOAD, request.engine.model_dir)
-        engine = open_engine(request.engine)
+        engine = host.open(request, steps)
         run(request, engine=engine, steps=steps, progress=ProgressFile(Path(request.progress_path)))
     except NemoSpinError as error:
         if not isinstance(error, GenerationError):  # of those the traceback is there already
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
         steps.error(error)
         return error.exit_code
-    steps.step(status.END, "ending the engine")
+    steps.step(status.DONE, "waiting for another request")
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Serves the request in a file, then those whose paths come in, line by line.
+
+    Ends with the input, and with the first request that fails: an engine is not trusted
+    after an error.
+    """
+    die_with_parent()
+    host = EngineHost()
+    path: str = arguments[0]
+    with _own_input() as paths:
+        while path:
+            request = read_request(Path(path))
+            _log_to(Path(request.log_path))
+            code = serve(request, host)
+            if code:
+                return code
+            path = paths.readline().rstrip("\n")
+    return 0
+
+
+def _own_input() -> TextIO:
+    """Standard input, kept from whatever the engine starts."""
+    mine = os.fdopen(os.dup(0), "r", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return mine
+
+
+def _log_to(path: Path) -> None:
+    """Sends all output of this process to the log of the stage it serves."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from nemo_spin.selfplay.preflight import check_model, find_model
 from nemo_spin.selfplay.reporting import refresh
 from nemo_spin.selfplay.run_directory import RunDirectory
 from nemo_spin.selfplay.screen import Screen
-from nemo_spin.selfplay.signals import STOPPED, stop_on_signals
+from nemo_spin.selfplay.signals import STOPPED, stop_on_signals, undisturbed
 from nemo_spin.selfplay.stages import Context, Stage, sft_stages, spin_stages, stage_of_command
 from nemo_spin.selfplay.state import StateFile
 from nemo_spin.selfplay.storage import storage_error
@@ -115,7 +115,11 @@ def _open(config: Config, path: Path, *, launcher: Launcher, screen: Screen) -> 
             theta_0=theta_0,
         )
         session = Session(context, screen)
-        yield session
+        try:
+            yield session
+        finally:
+            with undisturbed():
+                context.keeper.close()
         session.state.left()
         if session.has_run:
             session.refresh_report()  # it has ended: the report says so too

@@ -13,7 +13,8 @@ RUN_DIR/
     opponent_evaluation/ iteration 0 only: how theta_0 answers held-out prompts
     generated/  scored/  train/  model/  evaluation/
     evaluation.json      the numbers of evaluation/ (opponent_evaluation.json likewise)
-    metrics.jsonl        one line for each optimizer step
+    canary.json          what Megatron says about a few texts under theta_{t+1}, to check a sampler with
+    metrics.jsonl        one line for each optimizer step, and for each engine that answered
     logs/                of every stage of the iteration
 ```
 """
@@ -63,6 +64,11 @@ class IterationDirectory:
         return self.path / "model"
 
     @property
+    def canary_path(self) -> Path:
+        """Log-probabilities of a few texts under theta_{t+1} (`generation/canary.py`)."""
+        return self.path / "canary.json"
+
+    @property
     def evaluation(self) -> Path:
         """theta_{t+1}'s answers to held-out prompts, and their scores."""
         return self.path / "evaluation"
@@ -84,7 +90,7 @@ class IterationDirectory:
 
     @property
     def metrics_path(self) -> Path:
-        """JSON lines: one for each optimizer step, and the held-out metrics."""
+        """JSON lines: one for each optimizer step, the held-out metrics, and how engines were opened."""
         return self.path / "metrics.jsonl"
 
     @property

@@ -57,6 +57,11 @@ class StageContext:
             return configured
         return "bf16" if torch.cuda.is_available() else "32"
 
+    @property
+    def agreement(self) -> str:
+        """What decides how closely a sampler can agree with Megatron: `fp8`, or `precision`."""
+        return "fp8" if self.config.model.fp8 else self.precision
+
     def build_engine(
         self, model_dir: Path, load: Callable[[list[Any], Architecture], None] | None = None
     ) -> tuple[Engine, Architecture]:

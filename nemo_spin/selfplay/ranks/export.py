@@ -11,12 +11,15 @@ from nemo_spin.errors import CheckpointError, explain
 from nemo_spin.megatron.checkpoint import load_checkpoint, save_checkpoint
 from nemo_spin.megatron.checkpoint_files import latest_checkpoint
 from nemo_spin.megatron.runtime import first_rank_writes
+from nemo_spin.selfplay.ranks.canary import record_canary
 from nemo_spin.selfplay.ranks.context import StageContext
 from nemo_spin.selfplay.ranks.facts import training_facts
 
 
 def export(context: StageContext) -> None:
     """Writes `model/` from the last checkpoint of `train/` and reads it back. All ranks must call.
+
+    Before, `canary.json`: with the model's manifest both are there.
 
     Raises:
         CheckpointError: There is no checkpoint, or it cannot be read.
@@ -35,6 +38,7 @@ def export(context: StageContext) -> None:
         )
     engine, architecture = context.build_engine(here.opponent)
     load_checkpoint(engine, checkpoint)
+    record_canary(context, engine)
     export_weights(
         engine.chunks,
         architecture=architecture,

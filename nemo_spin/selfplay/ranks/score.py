@@ -21,6 +21,7 @@ from nemo_spin.data.datasets import Units
 from nemo_spin.data.files import atomic_path, remove_partials, write_json, write_manifest
 from nemo_spin.data.pairs import shard_paths
 from nemo_spin.errors import GateError, explain
+from nemo_spin.generation.canary import TOLERANCES
 from nemo_spin.megatron.engine import Engine
 from nemo_spin.megatron.runtime import first_rank_writes
 from nemo_spin.selfplay.ranks.context import StageContext
@@ -32,11 +33,6 @@ from nemo_spin.selfplay.ranks.score_metrics import (
     score_summary,
 )
 
-# Mean absolute difference, nats per token, between what the sampler says it drew with
-# and what Megatron computes. Both run the same weights in the same precision; measured
-# differences are below 1e-4 in float32 and about 1e-2 in bfloat16. With 8-bit products
-# Megatron rounds what the sampler does not.
-_SAMPLER_TOLERANCES = {"32": 1e-3, "bf16": 5e-2, "fp8": 2e-1}
 _UNITS_PER_CALL = 64  # per data-parallel rank: how often progress is reported
 
 
@@ -149,8 +145,7 @@ class SamplerGate:
         gates = context.config.spin.gates
         self._enabled = gates.sampler
         tolerance = gates.sampler_tolerance
-        precision = "fp8" if context.config.model.fp8 else context.precision
-        self._tolerance = _SAMPLER_TOLERANCES[precision] if tolerance is None else tolerance
+        self._tolerance = TOLERANCES[context.agreement] if tolerance is None else tolerance
         self._iteration = context.iteration
         self._differences: list[np.ndarray] = []
 

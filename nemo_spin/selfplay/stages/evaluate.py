@@ -13,10 +13,12 @@ from nemo_spin.generation.environment import find_python
 from nemo_spin.selfplay.inputs import config_inputs
 from nemo_spin.selfplay.results import read_evaluation
 from nemo_spin.selfplay.run_directory import IterationDirectory
+from nemo_spin.selfplay.stages.engine_notes import describe_engine, write_engine_line
 from nemo_spin.selfplay.stages.export import ExportStage
 from nemo_spin.selfplay.stages.opponent import weights_of
 from nemo_spin.selfplay.stages.prepare import PrepareStage
 from nemo_spin.selfplay.stages.stage import Stage
+from nemo_spin.selfplay.stages.train import TrainStage
 
 
 class EvaluateStage(Stage):
@@ -95,10 +97,22 @@ class EvaluateStage(Stage):
         }
         log_path = self.progress_path.with_name(self.progress_path.name.replace(".progress.jsonl", ".log"))
         job = heldout.start(
-            self.context.config, progress_path=self.progress_path, log_path=log_path, **common
+            self.context.config,
+            progress_path=self.progress_path,
+            log_path=log_path,
+            canary_path=None if self.iteration is None else self.files.canary_path,
+            keeper=self.context.keeper,
+            **common,
         )
         self.follow(job, progress)
-        heldout.finish(self.context.config, **common)
+        manifest = heldout.finish(self.context.config, notes=job.notes, **common)
+        write_engine_line(self.files.metrics_path, manifest, step=self._last_step())
+
+    def _last_step(self) -> int:
+        """Of the training that made the model; -1 where there was none."""
+        if self.iteration is None:
+            return -1
+        return int(self.required(TrainStage(self.context, self.iteration)).counts["steps"]) - 1
 
     def publish(self, manifest: Manifest) -> None:
         """The numbers lie beside the directory, under the name that other tools look for."""
@@ -114,4 +128,4 @@ class EvaluateStage(Stage):
             parts.append(
                 f"{way}: {score}{counts['mean_length']:.1f} tokens on average, {counts['cut_share']:.1%} cut"
             )
-        return "; ".join(parts)
+        return "; ".join(parts) + describe_engine(manifest)

@@ -28,6 +28,10 @@ class ExportStage(Stage):
         """Not in the model's directory, which is there only once it is complete."""
         return self.logs / f"{self.name}.{INPUTS_NAME}"
 
+    def leftovers(self) -> list[Path]:
+        """See `Stage`."""
+        return [self.directory, self.files.canary_path]
+
     def prepare_directory(self, inputs: dict[str, Any]) -> None:
         """An export starts anew, so what an earlier attempt was made from does not matter."""
         self.inputs_path.unlink(missing_ok=True)

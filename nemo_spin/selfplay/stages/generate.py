@@ -10,7 +10,13 @@ from nemo_spin.data.files import Manifest
 from nemo_spin.data.progress import Progress
 from nemo_spin.generation.environment import find_python
 from nemo_spin.generation.stage import finish, generate
-from nemo_spin.selfplay.stages.opponent import link_opponent, opponent_dir, opponent_sha256
+from nemo_spin.selfplay.stages.engine_notes import describe_engine, write_engine_line
+from nemo_spin.selfplay.stages.opponent import (
+    link_opponent,
+    opponent_canary,
+    opponent_dir,
+    opponent_sha256,
+)
 from nemo_spin.selfplay.stages.prepare import PrepareStage
 from nemo_spin.selfplay.stages.stage import Stage
 
@@ -56,18 +62,22 @@ class GenerateStage(Stage):
             model_dir=opponent_dir(self.context, self.iteration),
             progress_path=self.progress_path,
             log_path=self.logs / f"{self.name}.log",
+            canary_path=opponent_canary(self.context, self.iteration),
+            keeper=self.context.keeper,
             **common,
         )
         self.follow(job, progress)
-        finish(self.context.config, **common)
+        manifest = finish(self.context.config, notes=job.notes, **common)
+        write_engine_line(self.files.metrics_path, manifest, step=-1)
 
     def describe(self, manifest: Manifest) -> str:
         """See `Stage`."""
-        return "; ".join(
+        answers = "; ".join(
             f"{split}: {describe_answers(manifest.counts[split])}"
             for split in ("train", "heldout")
             if split in manifest.counts
         )
+        return answers + describe_engine(manifest)
 
 
 def describe_answers(counts: Mapping[str, Any]) -> str:

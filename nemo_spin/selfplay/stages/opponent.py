@@ -14,6 +14,11 @@ def opponent_dir(context: Context, iteration: int | None) -> Path:
     return context.run.iteration(iteration - 1).model if iteration else context.theta_0
 
 
+def opponent_canary(context: Context, iteration: int | None) -> Path | None:
+    """What Megatron said about theta_t when it was exported; None for a user's own model."""
+    return context.run.iteration(iteration - 1).canary_path if iteration else None
+
+
 def opponent_sha256(context: Context, iteration: int | None) -> str:
     """Hash of the contents of theta_t."""
     return weights_of(context, opponent_dir(context, iteration))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from nemo_spin.config.schema import Config
 from nemo_spin.data.files import Manifest, remove_partials, write_json
 from nemo_spin.data.progress import Progress
 from nemo_spin.errors import ConfigError, GenerationError, StageError, explain
+from nemo_spin.generation.keeper import EngineKeeper
 from nemo_spin.selfplay.following import follow
 from nemo_spin.selfplay.inputs import config_inputs, plain
 from nemo_spin.selfplay.launcher import Job, Launcher, RunningJob
@@ -34,6 +35,7 @@ class Context:
         launcher: Starts ranks.
         verified: Manifests, each verified once per command.
         theta_0: Local Hugging Face directory of `model.path`.
+        keeper: Holds the sampler's engine between stages.
     """
 
     config: Config
@@ -41,6 +43,7 @@ class Context:
     launcher: Launcher
     verified: Verified
     theta_0: Path
+    keeper: EngineKeeper = field(default_factory=EngineKeeper)
 
 
 class Stage(abc.ABC):
@@ -168,6 +171,7 @@ class Stage(abc.ABC):
             omp_num_threads=config.launcher.omp_num_threads or max(1, num_cores() // config.trainer.devices),
             timeout_s=config.launcher.timeout_s,
         )
+        self.context.keeper.make_room()
         self.follow(self.context.launcher.start(job), progress)
 
     def follow(self, job: RunningJob, progress: Progress) -> None:

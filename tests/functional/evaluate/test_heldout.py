@@ -13,7 +13,7 @@ from nemo_spin.config.schema import Config, EvaluationConfig
 from nemo_spin.data.files import Manifest, read_manifest, verify_manifest
 from nemo_spin.errors import ConfigError
 from nemo_spin.evaluate import heldout
-from nemo_spin.generation.process import NothingToDo
+from nemo_spin.generation.job import NothingToDo
 from tests import prepared
 from tests.functional.generation.harness import MAX_TOKENS, STOP_TOKEN_IDS, configuration
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from nemo_spin.errors import CheckpointError, ConfigError, DataError, GenerationError
-from nemo_spin.generation.process import WorkerProcess, wait
+from nemo_spin.generation.job import SamplerJob, wait
 from tests import models, prepared
 from tests.functional.generation.harness import Stage, configuration
 
@@ -43,7 +43,7 @@ def stage(tiny_model: Path, prepared_dir: Path, tmp_path: Path) -> Stage:
 def test_loading_that_takes_too_long_is_ended(stage: Stage) -> None:
     stage.config = configuration(load_timeout_s=1.5)
     job = stage.start()
-    assert isinstance(job, WorkerProcess)
+    assert isinstance(job, SamplerJob)
     with pytest.raises(GenerationError, match=r"(?s)loading .*generate\.log.*generation\.load_timeout_s"):
         wait(job)
     assert not _is_alive(job.pid)
@@ -52,7 +52,7 @@ def test_loading_that_takes_too_long_is_ended(stage: Stage) -> None:
 def test_a_shard_that_takes_too_long_is_ended(stage: Stage) -> None:
     stage.config = configuration(shard_timeout_s=0.2, shard_rows=40, num_generations=40)
     job = stage.start()
-    assert isinstance(job, WorkerProcess)
+    assert isinstance(job, SamplerJob)
     with pytest.raises(GenerationError, match=r"answering train-shard-00000-of-00001.parquet"):
         wait(job)
     assert not _is_alive(job.pid)
@@ -70,7 +70,7 @@ def test_an_engine_that_refuses_the_model_is_quoted(stage: Stage) -> None:
 
 def test_a_sampler_that_is_killed_is_reported_with_its_log(stage: Stage) -> None:
     job = stage.start()
-    assert isinstance(job, WorkerProcess)
+    assert isinstance(job, SamplerJob)
     _wait_until(lambda: stage.log_path.stat().st_size > 0)
     os.kill(job.pid, signal.SIGKILL)
     with pytest.raises(GenerationError, match=r"(?s)SIGKILL.*log: +/"):
@@ -79,7 +79,7 @@ def test_a_sampler_that_is_killed_is_reported_with_its_log(stage: Stage) -> None
 
 def test_stop_ends_the_whole_group(stage: Stage) -> None:
     job = stage.start()
-    assert isinstance(job, WorkerProcess)
+    assert isinstance(job, SamplerJob)
     job.stop()
     assert not _is_alive(job.pid)
     job.stop()  # harmless

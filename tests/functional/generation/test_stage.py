@@ -13,7 +13,7 @@ import pytest
 
 from nemo_spin.data.files import read_manifest, sha256_file, verify_manifest
 from nemo_spin.errors import ConfigError
-from nemo_spin.generation.process import NothingToDo, WorkerProcess, wait
+from nemo_spin.generation.job import NothingToDo, SamplerJob, wait
 from tests import prepared
 from tests.functional.generation.harness import MAX_TOKENS, STOP_TOKEN_IDS, Stage, by_key, configuration
 
@@ -115,7 +115,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(
 ) -> None:
     stage = Stage(tiny_model, prepared_dir, tmp_path)
     job = stage.start()
-    assert isinstance(job, WorkerProcess)
+    assert isinstance(job, SamplerJob)
     while len(list(stage.out_dir.glob("train-shard-*.parquet"))) < 2:
         assert job.poll() is None, "it was too fast to be killed"
         time.sleep(0.001)

@@ -13,7 +13,7 @@ from nemo_spin.generation.resume import keep_sound_shards, write_request
 from nemo_spin.generation.shards import PreparedRows, answers_table, plan_shards, write_shard
 from tests import prepared
 
-ENGINE = EngineSettings("vllm", "/model", "float32", 1, 64, 256, None, 512, 300)
+ENGINE = EngineSettings("vllm", "/model", "float32", 1, 64, 256, None, 512, 300, "a")
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def _request(
     )
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
-    return GenerationRequest(ENGINE, (generation,), str(out), "/progress", "/status", "/log")
+    return GenerationRequest(ENGINE, (generation,), str(out), "/progress", "/status", "/log", None)
 
 
 def _answer(request: GenerationRequest, *indices: int) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from nemo_spin.data.files import write_json
 from nemo_spin.data.progress import SilentProgress
 from nemo_spin.errors import GenerationError
-from nemo_spin.generation import worker
+from nemo_spin.generation import host, worker
 from nemo_spin.generation.engine import Answer, Prompt, Sampling
 from nemo_spin.generation.request import EngineSettings, GenerationRequest, Pass
 from nemo_spin.generation.seeds import request_seed
@@ -29,6 +28,9 @@ class Echo:
     def __init__(self, fail_at: int | None = None) -> None:
         self.calls: list[tuple[list[Prompt], Sampling]] = []
         self._fail_at = fail_at
+
+    device = "cpu"
+    can_refresh = True
 
     def answer(
         self, prompts: Sequence[Prompt], sampling: Sampling, on_done: Callable[[int], None]
@@ -47,7 +49,7 @@ def request_of(tmp_path: Path) -> Callable[..., GenerationRequest]:
     )
 
     def make(*, max_model_len: int = 100) -> GenerationRequest:
-        engine = EngineSettings("vllm", "/model", "float32", 1, max_model_len, 256, None, 512, 300)
+        engine = EngineSettings("vllm", "/model", "float32", 1, max_model_len, 256, None, 512, 300, "a")
         sampling = Sampling(1.0, 1.0, 0, 8, (3,))
         passes = tuple(
             Pass(split, str(data / f"{split}.parquet"), sampling, 2, 7, 4, "a", plan_shards(split, rows, 4))
@@ -56,7 +58,7 @@ def request_of(tmp_path: Path) -> Callable[..., GenerationRequest]:
         out = tmp_path / "out"
         out.mkdir(exist_ok=True)
         paths = [str(tmp_path / name) for name in ("progress", "status", "log")]
-        return GenerationRequest(engine, passes, str(out), *paths)
+        return GenerationRequest(engine, passes, str(out), *paths, canary=None)
 
     return make
 
@@ -112,13 +114,11 @@ def test_an_engine_that_fails_is_named_with_its_shard(
 
 
 def test_an_error_is_handed_to_the_parent(
-    request_of: Callable[..., GenerationRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request_of: Callable[..., GenerationRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = request_of()
-    path = tmp_path / "out" / "request.json"
-    write_json(path, {"inputs": {}, "request": request.to_dict()})
-    monkeypatch.setattr(worker, "open_engine", lambda _settings: Echo(fail_at=1))
-    assert worker.main([str(path)]) == GenerationError.exit_code
+    monkeypatch.setattr(host, "open_engine", lambda _settings: Echo(fail_at=1))
+    assert worker.serve(request, host.EngineHost()) == GenerationError.exit_code
     reader = StatusReader(Path(request.status_path))
     reader.poll()
     assert isinstance(reader.error, GenerationError)

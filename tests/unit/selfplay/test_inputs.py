@@ -60,6 +60,7 @@ WITHOUT_EFFECT = {
     "generation.shard_rows",
     "generation.max_num_seqs",
     "generation.kv_cache_gib",
+    "generation.keep_engine",
     "generation.load_timeout_s",
     "generation.shard_timeout_s",
     "trainer.devices",
