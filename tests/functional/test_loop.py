@@ -142,6 +142,21 @@ def test_everything_is_there_and_done_again_within_seconds(config: Path, finishe
     assert hashes(finished) == before
 
 
+def test_one_engine_answers_in_all_stages_and_megatron_agrees_with_it(finished: Path) -> None:
+    """theta_0 is evaluated and answers, theta_1 is evaluated; how is in the manifests and the metrics."""
+    stages = ("opponent_evaluation", "generated", "evaluation")
+    manifests = [read_manifest(finished / "iter_00" / stage) for stage in stages]
+    engines = [manifest.notes["engine"] for manifest in manifests if manifest is not None]
+    assert [engine["way"] for engine in engines] == ["started", "kept", "refreshed"]
+    assert engines[2]["seconds"] < engines[0]["seconds"] / 3
+    canary = json.loads((finished / "iter_00" / "canary.json").read_text())
+    assert len(canary["texts"]) == engines[2]["canary_texts"] == 8
+    assert engines[2]["canary_difference"] < 1e-4
+    lines = [json.loads(line) for line in (finished / "iter_00" / "metrics.jsonl").read_text().splitlines()]
+    told = [(line["stage"], line["way"], line["step"]) for line in lines if line["split"] == "engine"]
+    assert told == [("evaluate", "started", -1), ("generate", "kept", -1), ("evaluate", "refreshed", 5)]
+
+
 def test_status_of_a_finished_run(finished: Path) -> None:
     status = nemo_spin("status", str(finished))
     assert status.returncode == 0

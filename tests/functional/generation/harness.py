@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from nemo_spin.data.columns import GENERATED
 from nemo_spin.data.files import Manifest
 from nemo_spin.data.pairs import iter_shards
 from nemo_spin.generation.job import RunningGeneration, wait
+from nemo_spin.generation.keeper import EngineKeeper
 from nemo_spin.generation.stage import finish, generate
 
 MAX_TOKENS = 24
@@ -45,6 +47,9 @@ class Stage:
     config: Config = field(default_factory=configuration)
     inputs: dict[str, Any] = field(default_factory=lambda: {"data": "d" * 64})
     iteration: int = 1
+    opponent_sha256: str = "a" * 64
+    canary_path: Path | None = None
+    keeper: EngineKeeper | None = None
 
     @property
     def out_dir(self) -> Path:
@@ -65,25 +70,34 @@ class Stage:
             prepared=self.prepared,
             out_dir=self.out_dir,
             iteration=self.iteration,
-            opponent_sha256="a" * 64,
+            opponent_sha256=self.opponent_sha256,
             inputs=self.inputs,
             progress_path=self.progress_path,
             log_path=self.log_path,
+            canary_path=self.canary_path,
+            keeper=self.keeper,
         )
 
-    def finish(self) -> Manifest:
+    def finish(self, notes: dict[str, Any] | None = None) -> Manifest:
         return finish(
             self.config,
             prepared=self.prepared,
             out_dir=self.out_dir,
             iteration=self.iteration,
-            opponent_sha256="a" * 64,
+            opponent_sha256=self.opponent_sha256,
             inputs=self.inputs,
+            notes=notes,
         )
 
     def run(self) -> Manifest:
-        wait(self.start())
-        return self.finish()
+        job = self.start()
+        wait(job)
+        return self.finish(job.notes)
+
+    def notes(self) -> list[str]:
+        """What the user was told."""
+        events = [json.loads(line) for line in self.progress_path.read_text().splitlines()]
+        return [event["text"] for event in events if event["event"] == "note"]
 
     def table(self, split: str = "train") -> pa.Table:
         return pa.concat_tables(iter_shards(self.out_dir, split, schema=GENERATED))

@@ -20,7 +20,7 @@ from tests import models, prepared
 from tests.functional.generation.harness import Stage, configuration
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether a process runs; one that nobody has waited for does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -46,7 +46,7 @@ def test_loading_that_takes_too_long_is_ended(stage: Stage) -> None:
     assert isinstance(job, SamplerJob)
     with pytest.raises(GenerationError, match=r"(?s)loading .*generate\.log.*generation\.load_timeout_s"):
         wait(job)
-    assert not _is_alive(job.pid)
+    assert not is_alive(job.pid)
 
 
 def test_a_shard_that_takes_too_long_is_ended(stage: Stage) -> None:
@@ -55,7 +55,7 @@ def test_a_shard_that_takes_too_long_is_ended(stage: Stage) -> None:
     assert isinstance(job, SamplerJob)
     with pytest.raises(GenerationError, match=r"answering train-shard-00000-of-00001.parquet"):
         wait(job)
-    assert not _is_alive(job.pid)
+    assert not is_alive(job.pid)
     assert not list(stage.out_dir.glob("*.parquet"))
 
 
@@ -81,7 +81,7 @@ def test_stop_ends_the_whole_group(stage: Stage) -> None:
     job = stage.start()
     assert isinstance(job, SamplerJob)
     job.stop()
-    assert not _is_alive(job.pid)
+    assert not is_alive(job.pid)
     job.stop()  # harmless
 
 
@@ -100,11 +100,11 @@ def test_the_sampler_ends_with_its_parent(stage: Stage, tmp_path: Path) -> None:
         _wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 60)
         pid = int((tmp_path / "pid").read_text())
         _wait_until(lambda: (stage.log_path.with_name("generate.log.status")).exists(), 60)
-        assert _is_alive(pid)
+        assert is_alive(pid)
     finally:
         parent.kill()
         parent.wait()
-    _wait_until(lambda: not _is_alive(pid))
+    _wait_until(lambda: not is_alive(pid))
 
 
 def _break_nan(path: Path) -> None:
