@@ -91,7 +91,7 @@ def export_weights(
 
     def prepare() -> tuple[ExportPlan, list[Placed]]:
         shapes = family_of(architecture).stored_shapes(architecture)
-        stored = STORED_DTYPES[dtype] if dtype is not None else _source_dtype(source_dir, architecture)
+        stored = STORED_DTYPES[dtype] if dtype is not None else source_dtype(source_dir, architecture)
         plan = plan_export(shapes, dtype=stored, max_shard_bytes=max_shard_bytes)
         return plan, place(model_chunks, architecture)
 
@@ -135,7 +135,8 @@ def export_weights(
     return manifest
 
 
-def _source_dtype(source_dir: Path, architecture: Architecture) -> str:
+def source_dtype(source_dir: Path, architecture: Architecture) -> str:
+    """What an export stores where nothing else is asked for, as safetensors spells it."""
     if architecture.torch_dtype is not None:
         return DTYPE_OF[architecture.torch_dtype]
     first = next(iter(family_of(architecture).stored_shapes(architecture)))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import nn
 
+from nemo_spin.bridge.placement import TORCH_DTYPES
 from nemo_spin.data.columns import TOKEN_IDS
 from nemo_spin.data.datasets import Units
 from nemo_spin.generation.canary import Canary, CanaryText, write_canary
@@ -15,6 +20,21 @@ from nemo_spin.selfplay.ranks.context import StageContext
 
 _TEXTS = 8
 _RESPONSE_TOKENS = 32
+
+
+@torch.no_grad()
+def round_to_stored(chunks: Sequence[nn.Module], stored_dtype: str) -> None:
+    """Rounds weights in place to what an export stores: it is what others will compute with.
+
+    Args:
+        chunks: This rank's share.
+        stored_dtype: As safetensors spells it.
+    """
+    dtype = TORCH_DTYPES[stored_dtype]
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            if parameter.dtype != dtype:
+                parameter.copy_(parameter.to(dtype))
 
 
 def record_canary(context: StageContext, engine: Engine) -> None:

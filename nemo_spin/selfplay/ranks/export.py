@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_spin.bridge.export_hf import export_weights, verify_export
+from nemo_spin.bridge.export_hf import export_weights, source_dtype, verify_export
 from nemo_spin.bridge.import_hf import load_weights
 from nemo_spin.data.files import write_manifest
 from nemo_spin.errors import CheckpointError, explain
 from nemo_spin.megatron.checkpoint import load_checkpoint, save_checkpoint
 from nemo_spin.megatron.checkpoint_files import latest_checkpoint
 from nemo_spin.megatron.runtime import first_rank_writes
-from nemo_spin.selfplay.ranks.canary import record_canary
+from nemo_spin.selfplay.ranks.canary import record_canary, round_to_stored
 from nemo_spin.selfplay.ranks.context import StageContext
 from nemo_spin.selfplay.ranks.facts import training_facts
 
@@ -38,6 +38,7 @@ def export(context: StageContext) -> None:
         )
     engine, architecture = context.build_engine(here.opponent)
     load_checkpoint(engine, checkpoint)
+    round_to_stored(engine.chunks, source_dtype(here.opponent, architecture))
     record_canary(context, engine)
     export_weights(
         engine.chunks,
