@@ -117,7 +117,7 @@ def test_an_engine_that_ended_while_it_waited_is_replaced(run: Run) -> None:
     [
         ({"reload": "fail"}, "reload is out of order"),
         ({"reload": "die"}, "exit code 9"),
-        ({"reload": "hang"}, "not done after 8 s"),
+        pytest.param({"reload": "hang"}, "not done after 8 s", marks=pytest.mark.slow),
         ({"generate": "fail"}, "generate is out of order"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_spin.data.files import read_manifest
+from nemo_spin.data.files import Manifest, read_manifest
 from nemo_spin.errors import GateError
 from nemo_spin.generation.canary import Canary, CanaryText, write_canary
 from nemo_spin.generation.job import SamplerJob, wait
@@ -47,51 +47,57 @@ def canary_of(model_dir: Path, path: Path) -> Path:
     return path
 
 
+def run(stage: Stage) -> tuple[Manifest, int]:
+    """What it left, and the process that answered."""
+    job = stage.start()
+    assert isinstance(job, SamplerJob)
+    wait(job)
+    return stage.finish(job.notes), job.pid
+
+
 def test_new_weights_in_a_living_engine_answer_like_a_fresh_engine(
-    reference: Stage, tiny_model: Path, theta_1: Path, tmp_path: Path, keeper: EngineKeeper
+    reference: Stage, theta_1: Path, tmp_path: Path, keeper: EngineKeeper
 ) -> None:
-    """Both ways there (theta_0 to theta_1, and back), sampled; the bytes of all shards are equal."""
-    canary = canary_of(theta_1, tmp_path / "canary.json")
-    common = {"model_dir": theta_1, "prepared": reference.prepared, "opponent_sha256": "b" * 64}
-    fresh = Stage(directory=tmp_path / "fresh", canary_path=canary, **common)  # type: ignore[arg-type]
-    fresh.run()
+    """theta_1, then theta_0 (which a fresh engine had in `reference`), then theta_1 again.
 
-    first = Stage(tiny_model, reference.prepared, tmp_path / "first", keeper=keeper)
-    process = first.start()
-    assert isinstance(process, SamplerJob)
-    wait(process)
-    first.finish(process.notes)
-    second = Stage(directory=tmp_path / "second", canary_path=canary, keeper=keeper, **common)  # type: ignore[arg-type]
-    refreshed = second.start()
-    assert isinstance(refreshed, SamplerJob)
-    assert refreshed.pid == process.pid
-    wait(refreshed)
-    manifest = second.finish(refreshed.notes)
-
-    assert manifest.files == read_manifest(fresh.out_dir).files  # type: ignore[union-attr]
-    assert manifest.files != read_manifest(reference.out_dir).files  # type: ignore[union-attr]
-    engine = manifest.notes["engine"]
-    assert engine["way"] == "refreshed"
-    assert engine["canary_texts"] == 4
-    assert engine["canary_difference"] < 1e-4
-    restarted = read_manifest(fresh.out_dir).notes["engine"]  # type: ignore[union-attr]
-    assert restarted["way"] == "started"
-    assert restarted["canary_difference"] < 1e-4
-    assert engine["seconds"] < restarted["seconds"] / 3
+    Sampled; the bytes of all shards are equal.
+    """
+    first = Stage(
+        theta_1,
+        reference.prepared,
+        tmp_path / "first",
+        opponent_sha256="b" * 64,
+        canary_path=canary_of(theta_1, tmp_path / "theta_1.json"),
+        keeper=keeper,
+    )
+    started, pid = run(first)
+    assert started.notes["engine"]["way"] == "started"
+    canary = canary_of(reference.model_dir, tmp_path / "theta_0.json")
+    second = replace(reference, directory=tmp_path / "second", canary_path=canary, keeper=keeper)
+    refreshed, same = run(second)
+    assert same == pid
+    assert refreshed.files == read_manifest(reference.out_dir).files  # type: ignore[union-attr]
+    assert refreshed.files != started.files
+    assert refreshed.notes["engine"]["way"] == "refreshed"
+    for manifest in (started, refreshed):
+        assert manifest.notes["engine"]["canary_texts"] == 4
+        assert manifest.notes["engine"]["canary_difference"] < 1e-4
+    assert refreshed.notes["engine"]["seconds"] < started.notes["engine"]["seconds"] / 3
     assert second.log_path.stat().st_size > 0, "each stage has what was printed on its behalf"
 
-    again = replace(second, directory=tmp_path / "again")
-    assert again.run().notes["engine"]["way"] == "kept"
-    back = replace(first, directory=tmp_path / "back")
-    manifest = back.run()
-    assert manifest.notes["engine"]["way"] == "refreshed"
-    assert manifest.files == read_manifest(reference.out_dir).files  # type: ignore[union-attr]
+    kept, _ = run(replace(second, directory=tmp_path / "again"))
+    assert kept.notes["engine"]["way"] == "kept"
+    back, _ = run(replace(first, directory=tmp_path / "back"))
+    assert back.notes["engine"]["way"] == "refreshed"
+    assert back.files == started.files
 
 
+@pytest.mark.slow
 def test_swapped_weights_are_noticed_before_anything_is_answered(
     theta_1: Path, reference: Stage, tmp_path: Path, keeper: EngineKeeper
 ) -> None:
-    """The living engine is given up; a new one is refused too."""
+    """The living engine is given up; a new one is refused too. (`test_keeping` has it with a stand-in.)"""
+    run(Stage(theta_1, reference.prepared, tmp_path / "first", opponent_sha256="b" * 64, keeper=keeper))
     served = shutil.copytree(theta_1, tmp_path / "served")
     wrong = models.write_model(tmp_path / "wrong", seed=2)
     shutil.copy(wrong / "model.safetensors", served / "model.safetensors")
