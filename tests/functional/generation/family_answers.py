@@ -29,6 +29,7 @@ def _answers(directory: str, prompts: list[list[int]], max_tokens: int) -> list[
         kv_cache_bytes=16 << 20,
         kv_numbers_per_token=1024,
         vocab_size=89,
+        model_sha256=directory,
     )
     engine = VllmOffline(settings)
     sampling = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=max_tokens, stop_token_ids=())
