@@ -186,12 +186,20 @@ class TrainerConfig:
 
 
 @dataclass
+class CheckpointCallbackConfig:
+    """Of NeMo's checkpoint callback the keys that mean something here."""
+
+    save_nemo_on_train_end: bool = False  # write train/policy.nemo of every iteration
+
+
+@dataclass
 class ExpManagerConfig:
     """Loggers, through NeMo's exp_manager."""
 
     create_tensorboard_logger: bool = True
     create_wandb_logger: bool = False
     wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+    checkpoint_callback_params: CheckpointCallbackConfig = field(default_factory=CheckpointCallbackConfig)
 
 
 @dataclass

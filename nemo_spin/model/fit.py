@@ -110,6 +110,9 @@ def fit(
     trainer.fit(model, ckpt_path=resume)
     model.validation_step()
     last = saver.save_last(trainer)
+    if job.nemo_path is not None:
+        with model.meter.phase("checkpoint"):
+            model.save_to(job.nemo_path)
     metrics.finish(trainer, model)
     return last
 

@@ -15,7 +15,8 @@ class TrainingJob:
 
     Attributes:
         opponent: Hugging Face directory the policy starts as.
-        rows: Directory of scored pairs, or of prepared demonstrations for plain fine-tuning.
+        rows: Directory of scored pairs, or of prepared demonstrations for plain fine-tuning; None: a
+            restored model that is not trained on.
         objective: `spin`, or `sft` for plain cross-entropy on real responses.
         spin: What `nemo_spin.objective.objective.build_objective` takes; empty for plain fine-tuning.
         lr, epochs: Peak learning rate; passes over the rows.
@@ -34,10 +35,11 @@ class TrainingJob:
         val_check_interval: Optimizer steps between held-out evaluations; None: only at the end.
         log_every_n_steps: How often loggers are fed.
         exp_manager: Loggers, for NeMo's exp_manager.
+        nemo_path: The .nemo file to write at the end; None: none.
     """
 
     opponent: Path
-    rows: Path
+    rows: Path | None
     objective: str
     spin: dict[str, Any]
     lr: float
@@ -57,6 +59,7 @@ class TrainingJob:
     val_check_interval: int | None
     log_every_n_steps: int
     exp_manager: dict[str, Any] = field(default_factory=dict)
+    nemo_path: Path | None = None
 
     @property
     def optim(self) -> OptimConfig:

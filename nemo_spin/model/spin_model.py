@@ -9,7 +9,9 @@ would have seen.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from nemo_spin.bridge.import_hf import load_weights
 from nemo_spin.data.datasets import PAIRS, REAL_ONLY, Batches, Units
 from nemo_spin.data.pairs import prepared_rows, training_rows
 from nemo_spin.errors import GateError, explain
+from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.engine import Engine, layout_of
 from nemo_spin.megatron.forward_step import SFT_SUMS, SPIN_SUMS, LossFunction, sft_loss, spin_loss, summarise
 from nemo_spin.megatron.learning_rate import learning_rate
@@ -36,6 +39,7 @@ from nemo_spin.megatron.provider import build_model
 from nemo_spin.megatron.runtime import Runtime
 from nemo_spin.megatron.sizes import shape_of
 from nemo_spin.megatron.throughput import Throughput
+from nemo_spin.model.connector import MegatronSaveRestoreConnector
 from nemo_spin.model.optimizer import MegatronOptimizerAdapter
 from nemo_spin.model.settings import TrainingJob
 from nemo_spin.model.telemetry import COMPUTING, Telemetry
@@ -73,13 +77,16 @@ class MegatronGPTSPINModel(ModelPT):
         self.engine: Engine | None = None
         self.last_metrics: dict[str, float] = {}
         self.last_heldout_metrics: dict[str, float] = {}
+        self.companions: Any = None  # keeps a restored model's tokenizer files
         self._telemetry: Telemetry
         self._heldout: Units | None = None
         self._units: Units
         self._adapter: MegatronOptimizerAdapter
         super().__init__(OmegaConf.create({"job": job.as_plain()}), trainer)
-        self.setup_training_data({"split": "train"})
-        self.setup_validation_data({"split": "heldout"})
+        self._save_restore_connector = MegatronSaveRestoreConnector()
+        if job.rows is not None:
+            self.setup_training_data({"split": "train"})
+            self.setup_validation_data({"split": "heldout"})
 
     @classmethod
     def list_available_models(cls) -> None:
@@ -100,6 +107,7 @@ class MegatronGPTSPINModel(ModelPT):
         self._validation_dl: Any = DataLoader(_Steps(1), batch_size=None)
 
     def _read(self, split: str) -> Units:
+        assert self.job.rows is not None, "a model without rows has no data"
         if self.job.objective == "sft":
             return Units(prepared_rows(self.job.rows, split), REAL_ONLY)
         return Units(training_rows(self.job.rows, split), PAIRS)
@@ -130,12 +138,20 @@ class MegatronGPTSPINModel(ModelPT):
 
     def configure_model(self) -> None:
         """Builds this rank's share of the policy, as a copy of the opponent, and its optimizer."""
-        if self.engine is not None:
-            return
+        if self.engine is None:
+            opponent = self.job.opponent
+            self.build(lambda chunks, architecture: load_weights(chunks, opponent, architecture))
+
+    def build(self, load: Callable[[list[Any], Architecture], None]) -> None:
+        """Builds this rank's share of the policy and its optimizer. All ranks must call.
+
+        Args:
+            load: Fills the model's chunks.
+        """
         job, dtype = self.job, _DTYPES[self.job.precision]
         architecture = architecture_of(job.opponent)
         chunks = build_model(architecture, job.model, params_dtype=dtype)
-        load_weights(chunks, job.opponent, architecture)
+        load(chunks, architecture)
         replicas = self.runtime.dp_size * self.runtime.cp_size
         distributed = uses_distributed_optimizer(job.model, dp_size=replicas)
         wrapped = wrap_for_training(chunks, distributed_optimizer=distributed, model=job.model)
@@ -148,10 +164,13 @@ class MegatronGPTSPINModel(ModelPT):
             offload_fraction=offloaded_share(job.model),
         )
         self.engine = Engine(wrapped, self.runtime, architecture.vocab_size, layout_of(job.model), optimizer)
-        throughput = Throughput(
-            shape_of(architecture), self.runtime, precision=job.precision, model=job.model
-        )
-        self._telemetry = Telemetry(self._units, throughput, meter=self.engine.meter, runtime=self.runtime)
+        if job.rows is not None:
+            throughput = Throughput(
+                shape_of(architecture), self.runtime, precision=job.precision, model=job.model
+            )
+            self._telemetry = Telemetry(
+                self._units, throughput, meter=self.engine.meter, runtime=self.runtime
+            )
 
     def configure_optimizers(self) -> MegatronOptimizerAdapter:
         """Megatron's optimizer, which sets each step's learning rate itself."""
@@ -178,6 +197,26 @@ class MegatronGPTSPINModel(ModelPT):
     @property
     def _names(self) -> tuple[str, ...]:
         return SFT_SUMS if self.job.objective == "sft" else SPIN_SUMS
+
+    # .nemo files
+
+    def save_to(self, save_path: str | Path) -> None:
+        """Writes a .nemo file. All ranks must call; `save_path` is on storage that all nodes see.
+
+        Raises:
+            DataError: The disk is full.
+        """
+        self._save_restore_connector.save_to(self, str(Path(save_path).expanduser().resolve()))
+
+    @classmethod
+    def restore_from(cls, restore_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """A model from a .nemo file, at any layout; see `MegatronSaveRestoreConnector.restore_from`.
+
+        All ranks must call. `ModelPT.restore_from` says what the arguments are.
+        """
+        if kwargs.get("save_restore_connector") is None:
+            kwargs["save_restore_connector"] = MegatronSaveRestoreConnector()
+        return super().restore_from(str(restore_path), *args, **kwargs)
 
     # Lightning's steps
 

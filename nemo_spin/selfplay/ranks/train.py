@@ -76,6 +76,8 @@ def _fit(context: StageContext, *, objective: str) -> None:
     from nemo_spin.model.summary import summary
 
     config, here = context.config, context.here
+    loggers = asdict(config.exp_manager)
+    at_the_end = loggers.pop("checkpoint_callback_params")
     iteration = 0 if context.iteration is None else context.iteration
     self_play = objective == "spin"
     job = TrainingJob(
@@ -99,7 +101,8 @@ def _fit(context: StageContext, *, objective: str) -> None:
         carried=_carried(context) if self_play else None,
         val_check_interval=config.trainer.val_check_interval,
         log_every_n_steps=config.trainer.log_every_n_steps,
-        exp_manager=asdict(config.exp_manager),
+        exp_manager=loggers,
+        nemo_path=here.train / "policy.nemo" if at_the_end["save_nemo_on_train_end"] else None,
     )
     last = fit(
         job,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def _fit(
         val_check_interval=None,
         log_every_n_steps=1,
         exp_manager=exp_manager or {"create_tensorboard_logger": True},
+        nemo_path=directory / "policy.nemo",
     )
     try:
         last = fit(
@@ -153,6 +155,7 @@ def test_a_training_leaves_metrics_checkpoints_and_tensorboard(
     kept = sorted(path.name for path in (tmp_path / "train" / "checkpoints").iterdir())
     assert kept == [f"step-{STEPS - 2:08d}", f"step-{STEPS:08d}"]
     assert list((tmp_path / "train").rglob("events.out.tfevents*"))
+    assert tarfile.is_tarfile(tmp_path / "policy.nemo")
 
 
 def _fit_with_wandb(model_dir: Path, scored: Path, directory: Path) -> None:

@@ -74,6 +74,7 @@ WITHOUT_EFFECT = {
     "exp_manager.create_tensorboard_logger",
     "exp_manager.create_wandb_logger",
     "exp_manager.wandb_logger_kwargs",
+    "exp_manager.checkpoint_callback_params.save_nemo_on_train_end",
     "launcher.name",
     "launcher.timeout_s",
     "launcher.preemption_grace_s",
