@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_spin.bridge.export_files import copy_companions
+from nemo_spin.bridge.companions import copy_companions
 from nemo_spin.config.schema import ModelConfig
 from nemo_spin.errors import CheckpointError, ConfigError, explain
 from nemo_spin.megatron.runtime import Runtime, first_rank_writes
