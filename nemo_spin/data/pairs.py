@@ -33,6 +33,11 @@ def prepared_rows(data_dir: Path, split: str) -> pa.Table:
     return read_prepared(data_dir / f"{split}.parquet")
 
 
+def has_rows(directory: Path, split: str) -> bool:
+    """Whether there is a file of `split`, prepared or scored; no held-out demonstrations, no such file."""
+    return (directory / f"{split}.parquet").exists() or bool(shard_paths(directory, split))
+
+
 def shard_paths(directory: Path, split: str) -> list[Path]:
     """The parquet files of `split` in a stage's directory, by name."""
     return sorted(directory.glob(f"{split}-*.parquet"))

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from nemo_spin.bridge.families import architecture_of
 from nemo_spin.bridge.import_hf import load_weights
 from nemo_spin.data.datasets import PAIRS, REAL_ONLY, Batches, Units
-from nemo_spin.data.pairs import prepared_rows, training_rows
+from nemo_spin.data.pairs import has_rows, prepared_rows, training_rows
 from nemo_spin.errors import GateError, explain
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.engine import Engine, layout_of
@@ -101,9 +101,10 @@ class MegatronGPTSPINModel(ModelPT):
         self._train_dl: Any = DataLoader(_Steps(self.num_steps), batch_size=None)
 
     def setup_validation_data(self, val_data_config: Any) -> None:
-        """Reads the held-out rows; they are one Lightning batch."""
-        units = self._read(val_data_config["split"])
-        self._heldout = units if units.num_units else None
+        """Reads the held-out rows, where there are any; they are one Lightning batch."""
+        rows, split = self.job.rows, val_data_config["split"]
+        units = self._read(split) if rows is not None and has_rows(rows, split) else None
+        self._heldout = units if units is not None and units.num_units else None
         self._validation_dl: Any = DataLoader(_Steps(1), batch_size=None)
 
     def _read(self, split: str) -> Units:

@@ -11,7 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemo_spin.data.columns import PREPARED, SCORED
-from nemo_spin.data.pairs import iter_shards, prepared_rows, read_prepared, shard_paths, training_rows
+from nemo_spin.data.pairs import (
+    has_rows,
+    iter_shards,
+    prepared_rows,
+    read_prepared,
+    shard_paths,
+    training_rows,
+)
 from nemo_spin.errors import DataError
 
 
@@ -90,6 +97,7 @@ def test_more_columns_than_asked_for_are_left_out(tmp_path: Path) -> None:
     more = pa.schema([*SCORED, ("note", pa.string())])
     write(tmp_path / "train-a.parquet", [{**row, "note": "x"} for row in ROWS], more)
     assert training_rows(tmp_path, "train").schema == SCORED
+    assert has_rows(tmp_path, "train") and not has_rows(tmp_path, "heldout")
     assert [table.num_rows for table in iter_shards(tmp_path, "train", schema=SCORED)] == [len(ROWS)]
 
 
@@ -101,5 +109,6 @@ def test_prepared_rows_keep_the_order_of_the_demonstrations(tmp_path: Path) -> N
     write(tmp_path / "train.parquet", rows, PREPARED)
     assert read_prepared(tmp_path / "train.parquet").to_pylist() == rows
     assert prepared_rows(tmp_path, "train")["id"].to_pylist() == ["z", "a", "b"]
+    assert has_rows(tmp_path, "train") and not has_rows(tmp_path, "heldout")
     with pytest.raises(DataError, match=r"heldout\.parquet"):
         prepared_rows(tmp_path, "heldout")
