@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import nemo_spin
-from nemo_spin.errors import NemoSpinError
+from nemo_spin.errors import NemoSpinError, PreemptedError
 
 if TYPE_CHECKING:
     from nemo_spin.config.schema import Config
@@ -23,7 +23,9 @@ _EXAMPLE = """\
 example:
   nemo-spin run --config my.yaml run_dir=runs/first spin.iterations=2 'spin.beta=[0.1,1.0]'
 
-Exit codes: 0 done, 1 a stage failed, 2 something in the input is wrong, 130 interrupted.
+Exit codes: 0 done, 1 a stage failed, 2 something in the input is wrong, 75 told to leave
+(SIGTERM or SIGUSR1 came; a training has saved), 130 interrupted. After 75 and 130 the same
+command goes on.
 """
 _STAGES = ("generate", "score", "train", "export", "evaluate")
 _CHECKED_FOR = ("run", "prepare", "sft", *_STAGES, "import-hf")
@@ -36,9 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command(options)
         sys.stdout.flush()
+    except PreemptedError as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     except NemoSpinError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except SystemExit as stopped:
+        print("told to stop; the same command goes on from here", file=sys.stderr)
+        return int(stopped.code or 0)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

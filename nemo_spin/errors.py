@@ -7,6 +7,8 @@ breaks and what to do. Commands print the message without a traceback and exit w
 
 from __future__ import annotations
 
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again
+
 
 class NemoSpinError(Exception):
     """Base of every error that a user's input, files or machine can cause."""
@@ -50,6 +52,12 @@ class StageError(NemoSpinError):
     exit_code = 1
 
 
+class PreemptedError(NemoSpinError):
+    """SIGTERM or SIGUSR1 came: what there was to save is saved, and the same command goes on."""
+
+    exit_code = PREEMPTED
+
+
 def explain(what: str, *, found: object, rule: str, remedy: str) -> str:
     """Words a mistake the way every message of this package does.
 
@@ -72,6 +80,7 @@ _BY_NAME = {
         ExportError,
         GateError,
         StageError,
+        PreemptedError,
     )
 }
 

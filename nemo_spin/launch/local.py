@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import nemo_spin
-from nemo_spin.errors import DataError, explain
+from nemo_spin.errors import PREEMPTED, DataError, explain
 from nemo_spin.launch.rank import FAILURE_VARIABLE, LAUNCHER_VARIABLE
-from nemo_spin.selfplay.launcher import Job, RunningJob
+from nemo_spin.selfplay.launcher import Job, RankJob
 
 PROGRESS_VARIABLE = "NEMO_SPIN_PROGRESS"
 TIMED_OUT = 124  # exit code, as of timeout(1)
@@ -40,7 +40,7 @@ _GRACE_S = 1.0  # for ranks that fail together to say why
 _TERM_S = 5.0  # from SIGTERM to SIGKILL
 _TAIL_LINES = 15
 _TAIL_BYTES = 16384
-_GUARD = 'trap "" TERM INT HUP; read _; kill -KILL 0'  # its input ends when the launching process does
+_GUARD = 'trap "" TERM INT HUP USR1; read _; kill -KILL 0'  # its input ends when the launching process does
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class _End:
 class LocalLauncher:
     """Starts all ranks of a job on this machine."""
 
-    def start(self, job: Job) -> RunningJob:
+    def start(self, job: Job) -> RankJob:
         """Starts the ranks and returns at once.
 
         Raises:
@@ -74,7 +74,7 @@ class LocalLauncher:
 
 
 class LocalJob:
-    """The processes of one job. See `nemo_spin.selfplay.launcher.RunningJob`."""
+    """The processes of one job. See `nemo_spin.selfplay.launcher.RankJob`."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -125,6 +125,13 @@ class LocalJob:
             return 128 + signal.SIGTERM
         code = self._ends[first].code
         return code if code > 0 else 128 - code
+
+    def interrupt(self) -> None:
+        """Asks every rank, and none of its children, to save and to end with `PREEMPTED`."""
+        with self._changed:
+            running = [process for rank, process in enumerate(self._ranks) if rank not in self._ends]
+        for process in running:
+            process.send_signal(signal.SIGTERM)
 
     def stop(self) -> None:
         """Ends all ranks and their children; returns when they are gone."""
@@ -192,7 +199,8 @@ class LocalJob:
         with self._changed:
             self._ends[rank] = _End(code, time.time())
             self._changed.notify_all()
-        if code != 0 and not self._all_ended(within_s=_GRACE_S):
+        within_s = _TERM_S if code == PREEMPTED else _GRACE_S  # having saved, ranks end one by one
+        if code != 0 and not self._all_ended(within_s=within_s):
             self._end_group()
 
     def _all_ended(self, within_s: float = 0.0) -> bool:

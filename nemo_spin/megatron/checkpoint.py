@@ -63,10 +63,24 @@ class CheckpointWriter:
             common: Plain containers, the same on all ranks, returned by `load_checkpoint`.
 
         Raises:
-            DataError: The disk is full; earlier checkpoints are unharmed.
+            CheckpointError: The disk is full, say; earlier checkpoints are unharmed. When saving in
+                the background, this and the two calls below may raise it for the save before.
         """
         self.wait()
-        final = checkpoint_path(self._directory, step)
+        with _unwritten_explained(self._directory):
+            self._start(engine, checkpoint_path(self._directory, step), common)
+
+    def poll(self) -> None:
+        """Finishes the checkpoint in the making if its files are written. All ranks must call."""
+        with _unwritten_explained(self._directory):
+            self._calls.maybe_finalize_async_calls(blocking=False)
+
+    def wait(self) -> None:
+        """Returns when no checkpoint is in the making. All ranks must call."""
+        with _unwritten_explained(self._directory):
+            self._calls.maybe_finalize_async_calls(blocking=True)
+
+    def _start(self, engine: Engine, final: Path, common: dict[str, Any]) -> None:
         unfinished = partial_path(final)
         with first_rank_writes(engine.runtime) as writes:
             if writes:
@@ -85,14 +99,6 @@ class CheckpointWriter:
             self._calls.schedule_async_request(request)
         else:
             request.execute_sync()
-
-    def poll(self) -> None:
-        """Finishes the checkpoint in the making if its files are written. All ranks must call."""
-        self._calls.maybe_finalize_async_calls(blocking=False)
-
-    def wait(self) -> None:
-        """Returns when no checkpoint is in the making. All ranks must call."""
-        self._calls.maybe_finalize_async_calls(blocking=True)
 
     def _publish(self, runtime: Runtime, unfinished: Path, final: Path) -> None:
         """Megatron's files are complete: records them and gives the directory its name."""
@@ -185,6 +191,22 @@ def _take_hashes(directory: Path) -> dict[str, dict[str, Any]]:
         entries |= json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
     return entries
+
+
+@contextmanager
+def _unwritten_explained(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        raise CheckpointError(
+            explain(
+                str(directory),
+                found=f"a checkpoint could not be written ({_last_line(error)})",
+                rule="the directory can be written to and has room",
+                remedy="free some space (or mend the permissions) and start the same command again; "
+                "it goes on from the checkpoint before",
+            )
+        ) from error
 
 
 @contextmanager

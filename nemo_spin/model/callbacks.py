@@ -1,4 +1,4 @@
-"""What happens beside a training step: checkpoints."""
+"""What happens beside a training step: checkpoints, and leaving when the machine is asked for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 
 from nemo_spin.megatron.checkpoint import CheckpointWriter
 from nemo_spin.megatron.checkpoint_files import checkpoint_path, latest_checkpoint
+from nemo_spin.model.preemption import Preemption
 
 
 class SaveCheckpoints(Callback):
@@ -18,19 +19,39 @@ class SaveCheckpoints(Callback):
         directory: Where checkpoints lie.
         interval: Optimizer steps between them; None: none before the end.
         writer: What the trainer's strategy saves with; one in the background is finished here.
+        preemption: Asked after every step.
+
+    Attributes:
+        left: Where the training was left because the machine was asked for; None: it was not.
     """
 
-    def __init__(self, directory: Path, interval: int | None, writer: CheckpointWriter) -> None:
+    left: str | None = None
+
+    def __init__(
+        self, directory: Path, interval: int | None, *, writer: CheckpointWriter, preemption: Preemption
+    ) -> None:
         self._directory = directory
         self._interval = interval
         self._writer = writer
+        self._preemption = preemption
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Requests to leave are noticed from here on, those that came before too."""
+        self._preemption.take_over()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        """All ranks save together."""
+        """All ranks save together; if some rank was told to leave, all stop after this step."""
         self._writer.poll()
-        step = trainer.global_step
-        if self._interval and step % self._interval == 0 and step < pl_module.num_steps:
+        step, steps = trainer.global_step, pl_module.num_steps
+        if step == steps:
+            return
+        leaves = self._preemption.agreed()
+        if leaves or (self._interval and step % self._interval == 0):
             trainer.save_checkpoint(checkpoint_path(self._directory, step))
+        if leaves:
+            self.left = f"saved after step {step} of {steps}; the same command goes on from there"
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0  # Lightning would evaluate before it stops
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """The last step is always saved."""

@@ -12,12 +12,14 @@ from nemo.utils.exp_manager import exp_manager
 
 from nemo_spin.data.overlong import training_note
 from nemo_spin.data.progress import Progress
+from nemo_spin.errors import PreemptedError
 from nemo_spin.megatron.checkpoint import CheckpointWriter, load_optimizer_state
 from nemo_spin.megatron.checkpoint_files import newest_whole_checkpoint
 from nemo_spin.megatron.engine import layout_of
 from nemo_spin.megatron.runtime import Runtime
 from nemo_spin.model.callbacks import SaveCheckpoints
 from nemo_spin.model.metrics_file import MetricsFile
+from nemo_spin.model.preemption import Preemption
 from nemo_spin.model.settings import TrainingJob
 from nemo_spin.model.spin_model import MegatronGPTSPINModel
 from nemo_spin.model.strategy import MegatronCheckpointIO, MegatronStrategy
@@ -67,10 +69,12 @@ def fit(
     Raises:
         GateError: The first loss is not what it is at margin 0.
         CheckpointError: The checkpoint to resume from cannot be read.
+        PreemptedError: A rank got SIGTERM or SIGUSR1; a checkpoint of the last step is saved.
     """
     warnings.filterwarnings("ignore", module="lightning")
     writer = CheckpointWriter(job.checkpoint_directory, keep=job.save_top_k, asynchronous=job.async_save)
-    saver = SaveCheckpoints(job.checkpoint_directory, job.save_interval, writer)
+    preemption = Preemption(runtime)
+    saver = SaveCheckpoints(job.checkpoint_directory, job.save_interval, writer=writer, preemption=preemption)
     metrics = MetricsFile(
         job.metrics_path, progress, log_every_n_steps=job.log_every_n_steps, started=started
     )
@@ -107,7 +111,10 @@ def fit(
         progress.note(f"resuming from {resume.name}")
     elif job.carried is not None:
         model.carried = job.carried
-    trainer.fit(model, ckpt_path=resume)
+    with preemption.noticed():
+        trainer.fit(model, ckpt_path=resume)
+    if saver.left is not None:
+        raise PreemptedError(saver.left)
     model.validation_step()
     last = saver.save_last(trainer)
     if job.nemo_path is not None:
@@ -121,6 +128,7 @@ def _loggers(job: TrainingJob) -> dict[str, Any]:
     return {
         "explicit_log_dir": str(job.directory / "logs"),
         "create_checkpoint_callback": False,
+        "create_preemption_callback": False,  # `SaveCheckpoints` does it, on CPUs too
         "resume_if_exists": False,
         "log_step_timing": False,
         "seconds_to_sleep": 0,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nemo_spin.data.progress import Progress
-from nemo_spin.errors import NemoSpinError, StageError, error_from_name, explain
+from nemo_spin.errors import PREEMPTED, NemoSpinError, PreemptedError, StageError, error_from_name, explain
 from nemo_spin.selfplay.launcher import RunningJob
 from nemo_spin.selfplay.signals import undisturbed
 
 _POLL_S = 0.1
 _GRACE_S = 15.0  # for the other ranks to end after one reported an error
+_TOLD_TO_LEAVE = (PREEMPTED, 128 + signal.SIGTERM, 128 + signal.SIGUSR1)  # the last two: nothing to save yet
 
 
 class ProgressReader:
@@ -61,7 +64,16 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return event if isinstance(event, dict) else None
 
 
-def follow(job: RunningJob, *, name: str, progress_path: Path, progress: Progress, timeout_s: float) -> None:
+def follow(
+    job: RunningJob,
+    *,
+    name: str,
+    progress_path: Path,
+    progress: Progress,
+    timeout_s: float,
+    interrupt: Callable[[], None] | None = None,
+    grace_s: float = 0.0,
+) -> None:
     """Returns when the job has ended well; ends it in every other case.
 
     Args:
@@ -70,8 +82,11 @@ def follow(job: RunningJob, *, name: str, progress_path: Path, progress: Progres
         progress_path: Where they report.
         progress: Gets what they report.
         timeout_s: Seconds after which they are ended.
+        interrupt: Asks the processes to save and end; None where they have nothing to save.
+        grace_s: Seconds they have for it, when this command is told to stop.
 
     Raises:
+        PreemptedError: They were told to leave, and have saved what they had.
         NemoSpinError: They failed; with the typed error that they reported, if any.
     """
     reader = ProgressReader(progress_path)
@@ -85,11 +100,25 @@ def follow(job: RunningJob, *, name: str, progress_path: Path, progress: Progres
                 break
             time.sleep(_POLL_S)
         reader.pump(progress)
+    except SystemExit:
+        if interrupt is None:
+            raise
+        with undisturbed():
+            progress.note(f"told to stop: {name} saves first, for {grace_s:g} s at most")
+            interrupt()
+            end = time.monotonic() + grace_s
+            while (code := job.poll()) is None and time.monotonic() < end:
+                time.sleep(_POLL_S)
+            reader.pump(progress)
+        if code != PREEMPTED:
+            raise
     finally:
         with undisturbed():
             job.stop()
     if reader.error is not None:
         raise reader.error
+    if code in _TOLD_TO_LEAVE:
+        raise PreemptedError(f"{name} was told to leave; the same command goes on from what is saved")
     if code is None:
         raise StageError(
             explain(

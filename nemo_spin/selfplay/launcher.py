@@ -50,8 +50,15 @@ class RunningJob(Protocol):
         """The last lines of the first failing rank's log, and that log's path."""
 
 
+class RankJob(RunningJob, Protocol):
+    """A job of ranks, which know what to do when the machine is asked for."""
+
+    def interrupt(self) -> None:
+        """Asks all ranks to save and to end with `nemo_spin.errors.PREEMPTED`; does not wait."""
+
+
 class Launcher(Protocol):
     """Starts jobs."""
 
-    def start(self, job: Job) -> RunningJob:
+    def start(self, job: Job) -> RankJob:
         """Starts all ranks of `job` and returns at once."""

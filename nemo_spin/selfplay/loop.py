@@ -17,7 +17,7 @@ from typing import Any
 from nemo_spin.config.load import read_yaml, to_yaml
 from nemo_spin.config.schema import Config
 from nemo_spin.data.files import Manifest, remove_partials, write_text
-from nemo_spin.errors import ConfigError, NemoSpinError, explain
+from nemo_spin.errors import ConfigError, NemoSpinError, PreemptedError, explain
 from nemo_spin.selfplay import state as states
 from nemo_spin.selfplay.inputs import config_differences
 from nemo_spin.selfplay.launcher import Launcher
@@ -101,28 +101,29 @@ def _ends_iteration(stages: Sequence[Stage], index: int) -> bool:
 @contextlib.contextmanager
 def _open(config: Config, path: Path, *, launcher: Launcher, screen: Screen) -> Iterator[Session]:
     """Checks the model, locks the run directory, and gives what stages need."""
-    theta_0 = find_model(config.model.path)
-    check_model(config, theta_0)
-    run_directory = RunDirectory(path.expanduser().absolute())
-    _make(run_directory.path)
-    with stop_on_signals(), locked(run_directory.lock_path, on_wait=screen.note):
-        remove_partials(run_directory.path)
-        context = Context(
-            config=config,
-            run=run_directory,
-            launcher=launcher,
-            verified=Verified(run_directory.verified_path),
-            theta_0=theta_0,
-        )
-        session = Session(context, screen)
-        try:
-            yield session
-        finally:
-            with undisturbed():
-                context.keeper.close()
-        session.state.left()
-        if session.has_run:
-            session.refresh_report()  # it has ended: the report says so too
+    with stop_on_signals():
+        theta_0 = find_model(config.model.path)
+        check_model(config, theta_0)
+        run_directory = RunDirectory(path.expanduser().absolute())
+        _make(run_directory.path)
+        with locked(run_directory.lock_path, on_wait=screen.note):
+            remove_partials(run_directory.path)
+            context = Context(
+                config=config,
+                run=run_directory,
+                launcher=launcher,
+                verified=Verified(run_directory.verified_path),
+                theta_0=theta_0,
+            )
+            session = Session(context, screen)
+            try:
+                yield session
+            finally:
+                with undisturbed():
+                    context.keeper.close()
+            session.state.left()
+            if session.has_run:
+                session.refresh_report()  # it has ended: the report says so too
 
 
 def _make(path: Path) -> None:
@@ -195,7 +196,8 @@ class Session:
             try:
                 manifest = self._run(stage, inputs)
             except STOPPED as stopped:
-                self.state.ended(states.INTERRUPTED, repr(stopped))
+                said = str(stopped) if isinstance(stopped, PreemptedError) else repr(stopped)
+                self.state.ended(states.INTERRUPTED, said)
                 raise
             except Exception as error:
                 known = isinstance(error, NemoSpinError)

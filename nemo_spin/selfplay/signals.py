@@ -1,8 +1,10 @@
 """Ends a command cleanly when it is asked to stop.
 
-SIGINT raises KeyboardInterrupt as always; SIGTERM (Slurm, containers, `kill`) and SIGHUP
-(a closed terminal) raise SystemExit with the exit code that shells expect. So the same
-`finally` clauses end the children and say in state.json that the run was interrupted.
+SIGINT raises KeyboardInterrupt as always. SIGTERM (Slurm, containers, `kill`) and SIGUSR1
+(Slurm's warning before it takes the machine) raise SystemExit with the exit code `PREEMPTED`,
+SIGHUP (a closed terminal) with the one that shells expect. So the same `finally` clauses end
+the children and say in state.json that the run was interrupted; a training is let save first
+(`following.py`).
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-STOPPED = (KeyboardInterrupt, SystemExit)
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+from nemo_spin.errors import PREEMPTED, PreemptedError
+
+STOPPED = (KeyboardInterrupt, SystemExit, PreemptedError)
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit(128 + signal) inside the block."""
+    """SIGTERM and SIGUSR1 raise SystemExit(PREEMPTED), SIGHUP SystemExit(128 + signal) inside the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -46,4 +50,4 @@ def undisturbed() -> Iterator[None]:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+    raise SystemExit(128 + number if number == signal.SIGHUP else PREEMPTED)

@@ -17,6 +17,7 @@ import queue
 import signal
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.context import SpawnProcess
@@ -109,11 +110,7 @@ class _Pool:
             self._ranks[rank][1].put((function, rank, world_size, port, args))
         value, num_threads = None, 0
         for _ in range(world_size):
-            try:
-                rank, succeeded, outcome, own_threads = self._results.get(timeout=_TIMEOUT_S)
-            except queue.Empty:
-                self.kill()
-                raise AssertionError(f"no rank answered for {_TIMEOUT_S:.0f} s") from None
+            rank, succeeded, outcome, own_threads = self._answer()
             if not succeeded:
                 self.kill()
                 raise AssertionError(f"rank {rank} failed: {outcome}")
@@ -122,6 +119,19 @@ class _Pool:
         if num_threads > _MOST_THREADS:
             self.kill()
         return value
+
+    def _answer(self) -> tuple[int, bool, Any, int]:
+        """What the next rank to end has to say; one that was killed says nothing."""
+        end = time.monotonic() + _TIMEOUT_S
+        while time.monotonic() < end:
+            with contextlib.suppress(queue.Empty):
+                answer: tuple[int, bool, Any, int] = self._results.get(timeout=1.0)
+                return answer
+            for rank, (process, _) in enumerate(self._ranks):
+                if not process.is_alive():
+                    return rank, False, f"its process has ended ({process.exitcode})", 0
+        self.kill()
+        raise AssertionError(f"no rank answered for {_TIMEOUT_S:.0f} s")
 
     def kill(self) -> None:
         for process, _ in self._ranks:

@@ -228,6 +228,30 @@ def test_stop_ends_ranks_that_ignore_sigterm_and_their_children(make_job: MakeJo
     running.stop()  # harmless
 
 
+def test_ranks_are_asked_to_leave_and_end_one_by_one(make_job: MakeJob, tmp_path: Path) -> None:
+    """The rank that saves longer than failing ranks are given; its child is not asked."""
+    job = make_job(
+        """
+        import subprocess
+        def leave(number, frame):
+            time.sleep(1.5 * rank)
+            sys.exit(75 if child.poll() is None else "the child was asked too")
+        child = subprocess.Popen(["sleep", "60"])
+        signal.signal(signal.SIGTERM, leave)
+        Path(sys.argv[1], f"{rank}.pid").write_text(str(os.getpid()))
+        time.sleep(60)
+        """,
+        str(tmp_path),
+    )
+    running = LocalLauncher().start(job)
+    for rank in range(2):
+        await_file(tmp_path / f"{rank}.pid")
+    running.interrupt()
+    assert wait(running) == 75, running.describe_failure()
+    notes = [json.loads(path.read_text()) for path in job.log_dir.glob("*.failure.json")]
+    assert [note["message"] for note in notes] == ["75", "75"]
+
+
 def test_children_left_behind_by_finished_ranks_are_ended(make_job: MakeJob, tmp_path: Path) -> None:
     job = make_job(
         """

@@ -219,7 +219,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_bytes(config: Path, finishe
     assert not list(run_dir.rglob("*.partial")), "what killed writers left behind is removed"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_stop_ends_the_children(
     config: Path, finished: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

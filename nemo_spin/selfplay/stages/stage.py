@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 from nemo_spin.config.schema import Config
 from nemo_spin.data.files import Manifest, remove_partials, write_json
 from nemo_spin.data.progress import Progress
-from nemo_spin.errors import ConfigError, GenerationError, StageError, explain
+from nemo_spin.errors import CheckpointError, ConfigError, GenerationError, StageError, explain
 from nemo_spin.generation.keeper import EngineKeeper
 from nemo_spin.selfplay.following import follow
 from nemo_spin.selfplay.inputs import config_inputs, plain
@@ -62,6 +63,8 @@ class Stage(abc.ABC):
     consumed: ClassVar[bool] = True
     # Whether `nemo-spin run` runs it.
     of_the_loop: ClassVar[bool] = True
+    # Whether its ranks save what they have when they are told to leave.
+    saves_when_told_to_leave: ClassVar[bool] = False
     # What the names under `config` in the inputs lack.
     key_prefix: ClassVar[str] = ""
 
@@ -172,10 +175,19 @@ class Stage(abc.ABC):
             timeout_s=config.launcher.timeout_s,
         )
         self.context.keeper.make_room()
-        self.follow(self.context.launcher.start(job), progress)
+        started = self.context.launcher.start(job)
+        leave = started.interrupt if self.saves_when_told_to_leave else None
+        self.follow(started, progress, interrupt=leave)
 
-    def follow(self, job: RunningJob, progress: Progress) -> None:
+    def follow(
+        self, job: RunningJob, progress: Progress, interrupt: Callable[[], None] | None = None
+    ) -> None:
         """Waits for the stage's processes.
+
+        Args:
+            job: Them.
+            progress: Gets what they report.
+            interrupt: Asks them to save and end; None where they have nothing to save.
 
         Raises:
             NemoSpinError: They failed.
@@ -187,8 +199,10 @@ class Stage(abc.ABC):
                 progress_path=self.progress_path,
                 progress=progress,
                 timeout_s=self.context.config.launcher.timeout_s,
+                interrupt=interrupt,
+                grace_s=self.context.config.launcher.preemption_grace_s,
             )
-        except (StageError, GenerationError) as error:
+        except (StageError, GenerationError, CheckpointError) as error:
             full = full_disk_error(self.context.run.path, str(error))
             if full is not None:
                 raise full from error

@@ -36,6 +36,7 @@ class TrainStage(Stage):
     """From theta_t to theta_{t+1}; goes on from its newest checkpoint."""
 
     name = "train"
+    saves_when_told_to_leave = True
 
     @property
     def directory(self) -> Path:

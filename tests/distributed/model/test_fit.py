@@ -6,6 +6,8 @@ import json
 import struct
 import tarfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +55,12 @@ def _fit(
     tensor: int,
     pipeline: int,
     exp_manager: dict[str, Any] | None = None,
+    changes: dict[str, Any] | None = None,
+    on_step: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     from nemo_spin.config.schema import ModelConfig
     from nemo_spin.data.progress import SilentProgress
-    from nemo_spin.errors import GateError
+    from nemo_spin.errors import GateError, PreemptedError
     from nemo_spin.megatron.runtime import initialize
     from nemo_spin.model.fit import fit
     from nemo_spin.model.settings import TrainingJob
@@ -93,18 +97,25 @@ def _fit(
         exp_manager=exp_manager or {"create_tensorboard_logger": True},
         nemo_path=directory / "policy.nemo",
     )
+    notes: list[str] = []
+    progress = SilentProgress()
+    progress.note = notes.append  # type: ignore[method-assign]
+    if on_step is not None:
+        progress.update = on_step  # type: ignore[method-assign]
     try:
         last = fit(
-            job,
+            replace(job, **(changes or {})),
             runtime=runtime,
             devices=runtime.world_size,
             num_nodes=1,
-            progress=SilentProgress(),
+            progress=progress,
             started=time.monotonic(),
         )
     except GateError as error:
         return {"gate": str(error)}
-    return {"last": last.name, **summary(job.metrics_path)}
+    except PreemptedError as error:
+        return {"preempted": str(error)}
+    return {"last": last.name, "notes": notes, **summary(job.metrics_path)}
 
 
 def _check_telemetry(train: list[dict[str, Any]], end: dict[str, Any], result: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from nemo_spin.data.files import sha256_text, write_manifest
 from nemo_spin.data.progress import Progress, ProgressFile
 from nemo_spin.errors import NemoSpinError
 from nemo_spin.selfplay import loop
-from nemo_spin.selfplay.launcher import Job, RunningJob
+from nemo_spin.selfplay.launcher import Job, RankJob
 from nemo_spin.selfplay.run_directory import RunDirectory
 from nemo_spin.selfplay.screen import Screen
 from nemo_spin.selfplay.stages.evaluate import EvaluateStage
@@ -46,6 +46,9 @@ class StandInJob:
     def poll(self) -> int | None:
         return self.code
 
+    def interrupt(self) -> None:
+        pass
+
     def stop(self) -> None:
         pass
 
@@ -67,7 +70,7 @@ class StandIns:
     fail_in: str | None = None
     error: BaseException | None = None
 
-    def start(self, job: Job) -> RunningJob:
+    def start(self, job: Job) -> RankJob:
         """The launcher's side: does a rank's work at once."""
         stage, *rest = job.arguments
         options = dict(zip(rest[::2], rest[1::2], strict=True))

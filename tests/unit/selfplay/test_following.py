@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_spin.data.progress import ProgressFile
-from nemo_spin.errors import GateError, StageError
+from nemo_spin.errors import GateError, PreemptedError, StageError
 from nemo_spin.selfplay import following
 from nemo_spin.selfplay.following import ProgressReader, follow
 
@@ -128,7 +128,11 @@ def test_a_time_out(path: Path) -> None:
     assert job.stopped
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), GateError("of the job itself")])
+def told_to_stop() -> None:
+    raise SystemExit(75)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(75), GateError("of the job itself")])
 def test_whatever_happens_the_job_is_stopped(path: Path, error: BaseException) -> None:
     def fail() -> None:
         raise error
@@ -137,3 +141,40 @@ def test_whatever_happens_the_job_is_stopped(path: Path, error: BaseException) -
     with pytest.raises(type(error)):
         run(job, path)
     assert job.stopped
+
+
+@pytest.mark.parametrize("code", [75, 143, 138])  # saved, or ended by SIGTERM or SIGUSR1 before that
+def test_ranks_that_were_told_to_leave_have_not_failed(path: Path, code: int) -> None:
+    with pytest.raises(PreemptedError, match="train of iteration 0 was told to leave; the same"):
+        run(Script([], code), path)
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [(75, PreemptedError), (143, SystemExit), (0, SystemExit), (None, SystemExit)],
+    ids=["saved", "had nothing to save", "was done", "took too long"],
+)
+def test_a_job_that_can_save_is_asked_to_before_it_is_stopped(
+    path: Path, code: int | None, error: type[BaseException]
+) -> None:
+    asked: list[int] = []
+    job = Script([told_to_stop, lambda: None], code)
+    recorder = Recorder()
+    with pytest.raises(error):
+        follow(
+            job,
+            name="train of iteration 0",
+            progress_path=path,
+            progress=recorder,
+            timeout_s=10,
+            interrupt=lambda: asked.append(job.stopped),
+            grace_s=0.02,
+        )
+    assert asked == [0] and job.stopped == 1
+    assert recorder.notes == ["told to stop: train of iteration 0 saves first, for 0.02 s at most"]
+
+
+def test_what_ranks_say_about_saving_is_passed_on(path: Path) -> None:
+    job = Script([lambda: ProgressFile(path).error(PreemptedError("saved after step 3 of 9"))], 75)
+    with pytest.raises(PreemptedError, match=r"^saved after step 3 of 9$"):
+        run(job, path)

@@ -11,15 +11,24 @@ import pytest
 from nemo_spin.config.load import read_yaml
 from nemo_spin.config.schema import Config
 from nemo_spin.data.files import read_manifest
-from nemo_spin.errors import CheckpointError, ConfigError, DataError, GateError, StageError
+from nemo_spin.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    GateError,
+    PreemptedError,
+    StageError,
+)
 from nemo_spin.selfplay import loop
 from nemo_spin.selfplay.run_directory import RunDirectory
 from nemo_spin.selfplay.screen import Screen
+from nemo_spin.selfplay.signals import STOPPED
 from nemo_spin.selfplay.state import read_state
 from nemo_spin.selfplay.status import describe
 from tests import models
 from tests.unit.selfplay.conftest import StandIns
 
+STOPPED_BY = (SystemExit(75), PreemptedError("saved after step 3 of 9"))
 Run = Callable[[Config], str]
 MakeConfig = Callable[..., Config]
 
@@ -85,7 +94,7 @@ def test_the_opponent_is_the_model_before(
     ("stage", "error"),
     [
         *((stage, KeyboardInterrupt()) for stage in ALL),
-        *((ALL[3], error) for error in (SystemExit(143), DataError("full"), RuntimeError("bug"))),
+        *((ALL[3], error) for error in (*STOPPED_BY, DataError("full"), RuntimeError("bug"))),
     ],
 )
 def test_goes_on_where_it_was_stopped(
@@ -103,7 +112,7 @@ def test_goes_on_where_it_was_stopped(
     assert stand_ins.started[-1] == stage
     state = read_state(directory.state_path)
     assert state is not None
-    assert state.status == ("interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
+    assert state.status == ("interrupted" if isinstance(error, STOPPED) else "failed")
     assert stage.partition(" of ")[0] in describe(directory.path).splitlines()[0]
     assert not directory.lock_path.exists()
 
@@ -431,3 +440,20 @@ def test_state_counts_attempts_and_seconds(
     assert stages["iter_01/train"]["attempts"] == 3
     assert stages["iter_00/train"]["attempts"] == 1
     assert all(entry["status"] == "done" and entry["seconds"] >= 0 for entry in stages.values())
+
+
+def test_optimizer_state_of_the_iteration_before_is_an_input_if_it_carries_over(
+    run: Run, make_config: MakeConfig, directory: RunDirectory
+) -> None:
+    def inputs(iteration: int) -> dict[str, object]:
+        manifest = read_manifest(directory.iteration(iteration).train)
+        assert manifest is not None
+        return dict(manifest.inputs)
+
+    run(make_config(model={"optim": {"carry_over": True}}))
+    first = read_manifest(directory.iteration(0).train)
+    assert first is not None
+    assert "optimizer" not in inputs(0) and inputs(1)["optimizer"] == first.sha256()
+    shutil.rmtree(directory.path)
+    run(make_config())
+    assert "optimizer" not in inputs(1)
