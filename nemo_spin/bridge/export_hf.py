@@ -202,8 +202,7 @@ def _storage_errors(out_dir: Path) -> Iterator[None]:
 @torch.no_grad()
 def _write(parameters: list[Placed], plan: ExportPlan, *, directory: Path, progress: Progress) -> None:
     """Writes this rank's share. All ranks of a tensor-parallel group must call."""
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
-        return
+    parameters = [placed for placed in parameters if placed.is_first_replica]
     writer = BlockWriter(directory)
     for done, placed in enumerate(parameters, start=1):
         blocks = _joined_blocks(placed, plan) if placed.spread else _own_blocks(placed, plan)

@@ -7,7 +7,8 @@ cannot disagree. A kind is right exactly if its inverse is: over all ranks the w
 pieces cover every stored tensor once, and the pieces of a rank cover its parameter
 once (but for padded vocabulary rows). `tests/unit/bridge/test_mappings.py` shows both.
 
-No torch here. Names may contain `{layer}`, the number of the layer in the whole model.
+No torch here. Names may contain `{layer}`, the number of the layer in the whole model, and
+`{expert}`, the number of the expert in its layer.
 """
 
 from __future__ import annotations
@@ -72,9 +73,9 @@ def _share_of(size: int, share: Share, what: str) -> tuple[int, int]:
     return share.tp_rank * part, (share.tp_rank + 1) * part
 
 
-def dimensions(architecture: Architecture, names: tuple[str, ...]) -> Shape:
-    """The sizes that the tables name: attributes of the architecture."""
-    return tuple(getattr(architecture, name) for name in names)
+def dimensions(architecture: Architecture, names: tuple[str | int, ...]) -> Shape:
+    """The sizes that the tables name: attributes of the architecture, or numbers."""
+    return tuple(name if isinstance(name, int) else getattr(architecture, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,25 @@ class Mapping:
 
     megatron: str
 
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether there is one for each expert, whole on the rank that holds the expert."""
+        return "{expert}" in self.megatron
+
     def at_layer(self, layer: int) -> Self:
         """The same mapping with `{layer}` filled in."""
+        return self._filled("{layer}", str(layer))
 
+    def at_expert(self, expert: int) -> Self:
+        """The same mapping with `{expert}` filled in."""
+        return self._filled("{expert}", str(expert))
+
+    def _filled(self, placeholder: str, number: str) -> Self:
         def filled(value: Any) -> Any:
             if isinstance(value, str):
-                return value.replace("{layer}", str(layer))
+                return value.replace(placeholder, number)
             if isinstance(value, Mapping):
-                return value.at_layer(layer)
+                return value._filled(placeholder, number)
             return tuple(filled(element) for element in value) if isinstance(value, tuple) else value
 
         return replace(self, **{field.name: filled(getattr(self, field.name)) for field in fields(self)})
@@ -117,7 +129,7 @@ class Replicated(Mapping):
     """The same on every tensor-parallel rank; the first exports it."""
 
     hf: str
-    shape: tuple[str, ...]
+    shape: tuple[str | int, ...]
 
     def stored_shapes(self, architecture: Architecture) -> dict[str, Shape]:
         """See `Mapping`."""

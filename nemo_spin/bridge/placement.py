@@ -22,6 +22,7 @@ TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float
 STORED_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _BIT_TYPES = {2: torch.int16, 4: torch.int32}
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"local_experts\.(\d+)\.")
 _TRANSFORMER_ENGINE_NAMES = {  # its layers hold the norm before them
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -36,7 +37,8 @@ class Placed:
         name: As the local layer spec calls it, with the layer's number in the whole model.
         parameter: [rows, columns] or [rows]: this rank's share.
         pieces: Where its values are stored.
-        is_writer: Whether this rank exports them (as one of the data-parallel replicas would).
+        is_writer: Whether this rank exports them, of those that hold one replica.
+        is_first_replica: Whether this rank is of the first of the data-parallel replicas.
         spread: The pieces of every tensor-parallel rank, where a stored row is made of several:
             of all ranks, or of parts of this one's parameter. Empty where no row is.
     """
@@ -45,6 +47,7 @@ class Placed:
     parameter: Tensor
     pieces: tuple[Piece, ...]
     is_writer: bool
+    is_first_replica: bool
     spread: tuple[tuple[Piece, ...], ...] = ()
 
 
@@ -62,24 +65,25 @@ def place(model_chunks: Sequence[nn.Module], architecture: Architecture) -> list
         CheckpointError: A parameter is not in the family's table, or has another shape
             than the architecture gives it.
     """
-    share = Share(
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-    )
     return [
-        _placed(name, parameter, chunk=chunk, architecture=architecture, share=share)
+        _placed(name, parameter, chunk=chunk, architecture=architecture)
         for chunk in map(unwrapped, model_chunks)
         for name, parameter in chunk.named_parameters()
     ]
 
 
-def _placed(
-    name: str, parameter: Tensor, *, chunk: nn.Module, architecture: Architecture, share: Share
-) -> Placed:
+def _placed(name: str, parameter: Tensor, *, chunk: nn.Module, architecture: Architecture) -> Placed:
     layer, canonical = _canonical(name, chunk)
-    mapping = family_of(architecture).parameter(canonical, layer, architecture)
+    expert, canonical = _expert(canonical, architecture)
+    mapping = family_of(architecture).parameter(canonical, layer, architecture, expert=expert)
     if mapping is None:
         raise _unplaceable(name, architecture, "is in no row of the family's table")
+    share = Share(0, 1)
+    if expert is None:
+        share = Share(
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        )
     vocab_rows = parameter.shape[0]
     expected = mapping.local_shape(architecture, share, vocab_rows)
     is_vocabulary = canonical in ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -92,6 +96,7 @@ def _placed(
         parameter=parameter,
         pieces=tuple(mapping.pieces(architecture, share, vocab_rows)),
         is_writer=mapping.is_writer(share) and not is_copy,
+        is_first_replica=_is_first_replica(expert),
         spread=_spread(mapping, architecture, share.tp_size, vocab_rows),
     )
 
@@ -122,6 +127,22 @@ def _canonical(name: str, chunk: nn.Module) -> tuple[int | None, str]:
     return int(
         layer.layer_number
     ) - 1, f"decoder.layers.{{layer}}.{_TRANSFORMER_ENGINE_NAMES.get(rest, rest)}"
+
+
+def _expert(name: str, architecture: Architecture) -> tuple[int | None, str]:
+    """The number of the expert in the whole layer, and the name as the tables have it."""
+    match = _EXPERT.search(name)
+    if match is None:
+        return None, name
+    held = architecture.num_experts // parallel_state.get_expert_model_parallel_world_size()
+    first = parallel_state.get_expert_model_parallel_rank() * held
+    return first + int(match.group(1)), _EXPERT.sub("local_experts.{expert}.", name)
+
+
+def _is_first_replica(expert: int | None) -> bool:
+    if expert is not None:
+        return bool(parallel_state.get_expert_data_parallel_rank() == 0)
+    return bool(parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0)
 
 
 def _unplaceable(name: str, architecture: Architecture, found: str) -> CheckpointError:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from nemo_spin.config.expert_rules import experts_divide_the_ranks
 from nemo_spin.config.fp8_rules import FP8_KEYS, fp8_has_what_it_needs
 from nemo_spin.config.loss_rules import loss_is_known_or_a_function, opponent_is_not_mixed_yet
 from nemo_spin.config.mistakes import Mistake, mistake
@@ -112,12 +113,6 @@ def _sequence_parallel_needs_tensor_parallel(config: Config) -> list[Mistake]:
 
 def _not_supported_yet(config: Config) -> list[Mistake]:
     reasons = (
-        (
-            "model.expert_model_parallel_size",
-            config.model.expert_model_parallel_size,
-            "the supported model families have no experts yet",
-            "use tensor and pipeline parallelism instead",
-        ),
         (
             "generation.replicas",
             config.generation.replicas,
@@ -298,7 +293,8 @@ RELATIONS: tuple[Relation, ...] = (
     Relation(RECOMPUTE_KEYS, recomputation_is_of_one_kind),
     Relation(OVERLAP_KEYS, overlap_has_something_to_overlap),
     Relation(("model.sequence_parallel", _SIZES[0]), _sequence_parallel_needs_tensor_parallel),
-    Relation(("model.expert_model_parallel_size", "generation.replicas"), _not_supported_yet),
+    Relation(("model.expert_model_parallel_size", *_SIZES, *_RANKS), experts_divide_the_ranks),
+    Relation(("generation.replicas",), _not_supported_yet),
     Relation(OFFLOADING_KEYS, offloading_is_for_a_sharded_adam_on_gpus),
     Relation(("launcher.name", "trainer.num_nodes"), _local_launcher_has_one_node),
     Relation(("model.transformer_impl", "trainer.accelerator"), _transformer_engine_needs_a_gpu),

@@ -70,6 +70,12 @@ class Architecture:
         logit_cap: The same for the model's logits.
         embedding_scale: Multiplies embeddings; None: it does not.
         learned_positions: Positions are a table of `max_position_embeddings` rows, not rotations.
+        num_experts: Experts of every layer; 0: one dense MLP of `ffn_hidden_size`.
+        experts_per_token: How many of them a token passes through.
+        expert_ffn_hidden_size: Width of one expert.
+        shared_expert_ffn_hidden_size: Width of an expert that every token passes, behind a gate;
+            0 where there is none.
+        renormalised_routing: The weights of a token's experts are made to sum to 1.
         tie_word_embeddings: The output layer is the embedding.
         rope: Rotations; of no effect with learned positions.
         windowed_rope: Rotations of the layers with a window, where they are others.
@@ -108,6 +114,11 @@ class Architecture:
     logit_cap: float | None = None
     embedding_scale: float | None = None
     learned_positions: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_hidden_size: int = 0
+    shared_expert_ffn_hidden_size: int = 0
+    renormalised_routing: bool = False
     tie_word_embeddings: bool = False
     rope: RopeScaling = field(default_factory=RopeScaling)
     windowed_rope: RopeScaling | None = None

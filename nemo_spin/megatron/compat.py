@@ -30,3 +30,14 @@ def varlen_attention() -> Callable[..., Any] | None:
         return None
     grouped = {"enable_gqa": True} if "enable_gqa" in parameters else {}
     return functools.partial(attend, window_size=(-1, 0), **grouped)
+
+
+def complete_router() -> None:
+    """Makes routing to experts work without Transformer Engine.
+
+    Megatron-Core 0.16.1 looks at a name that its module has with Transformer Engine alone.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None

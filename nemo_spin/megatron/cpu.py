@@ -65,6 +65,10 @@ class _Stream:
     def synchronize(self) -> None:
         """Does nothing."""
 
+    def record_event(self) -> _Stream:
+        """An event that has happened; waiting for it is `synchronize`."""
+        return self
+
 
 def _ignored() -> Callable[..., None]:
     """A new function that does nothing: torch.compile wants every name of torch to be its own."""
@@ -95,6 +99,22 @@ def install() -> None:
     rng: Any = megatron_random
     rng._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    _hand_over_split_sizes()
     mode = _CudaMeansCpu()
     mode.__enter__()
     _installed.append(mode)
+
+
+def _hand_over_split_sizes() -> None:
+    """Gives exchanges of tokens between experts their sizes as numbers.
+
+    Megatron turns tensors into arrays when it moves them off the GPU, and leaves alone what is
+    not there; torch.distributed takes no tensors for sizes.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def off_the_gpu(value: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return value.numpy() if as_numpy and isinstance(value, torch.Tensor) else value
+
+    dispatcher: Any = token_dispatcher
+    dispatcher.maybe_move_tensor_to_cpu = off_the_gpu

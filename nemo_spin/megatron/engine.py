@@ -148,6 +148,7 @@ class Engine:
             microbatches = self.layout.microbatches(
                 units, np.asarray(indices), dp_rank=self.runtime.dp_rank, dp_size=self.runtime.dp_size
             )
+            microbatches += [[-1]] * (self._most(len(microbatches)) - len(microbatches))
             interleaved = len(self.chunks) > 1
             if interleaved:  # its schedule takes whole groups of microbatches
                 microbatches += [[-1]] * (-len(microbatches) % self.runtime.pp_size)
@@ -171,6 +172,14 @@ class Engine:
             collect_non_loss_data=loss is None,
         )
         return outputs
+
+    def _most(self, count: int) -> int:
+        """The most microbatches of any replica, where replicas exchange tokens between their experts."""
+        if self.runtime.ep_size == 1:
+            return count
+        most = torch.tensor(count, device=self.runtime.device)
+        distributed.all_reduce(most, op=distributed.ReduceOp.MAX, group=self.runtime.dp_group)
+        return int(most)
 
     def _shares(self, collated: Iterable[Microbatch]) -> Iterator[Microbatch]:
         """This rank's share of each microbatch, when a schedule asks for it."""

@@ -52,6 +52,24 @@ def family_settings(architecture: Architecture) -> dict[str, Any]:
         "softmax_scale": architecture.softmax_scale,
         "window_size": (sizes.pop() - 1, 0) if sizes else None,
         "window_attn_skip_freq": [int(window is not None) for window in architecture.windows] or None,
+        **_expert_settings(architecture),
+    }
+
+
+def _expert_settings(architecture: Architecture) -> dict[str, Any]:
+    """Experts without capacity limits and without a loss of their own: tokens go where they are sent."""
+    if not architecture.num_experts:
+        return {}
+    shared = architecture.shared_expert_ffn_hidden_size
+    return {
+        "num_moe_experts": architecture.num_experts,
+        "moe_ffn_hidden_size": architecture.expert_ffn_hidden_size,
+        "moe_router_topk": architecture.experts_per_token,
+        "moe_router_pre_softmax": not architecture.renormalised_routing,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_shared_expert_intermediate_size": shared or None,
+        "moe_shared_expert_gate": bool(shared),
     }
 
 
@@ -66,10 +84,16 @@ def layer_spec(architecture: Architecture, *, transformer_engine: bool) -> Any:
     if architecture.attention_logit_cap is not None:
         attention = ModuleSpec(SegmentAttention, params={"logit_cap": architecture.attention_logit_cap})
     if transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=architecture.num_experts or None, qk_layernorm=architecture.qk_norm
+        )
         spec.submodules.self_attention.submodules.core_attention = attention
         return spec
-    spec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=architecture.num_experts or None,
+        qk_layernorm=architecture.qk_norm,
+        normalization="RMSNorm",
+    )
     spec.submodules.self_attention.submodules.core_attention = attention
     _put_norms(spec, architecture)
     _drop_biases(spec, architecture)

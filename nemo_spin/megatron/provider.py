@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nemo_spin.config.schema import ModelConfig
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.megatron.architecture import Architecture
+from nemo_spin.megatron.compat import complete_router
 from nemo_spin.megatron.fp8 import fp8_settings
 from nemo_spin.megatron.layer_specs import family_settings, layer_spec, norm_class
 from nemo_spin.megatron.rope import PositionedRotaryEmbedding, concentration_as_scaling_factor
@@ -92,6 +93,8 @@ def transformer_config(
         kv_channels=architecture.head_dim,
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         context_parallel_size=model.context_parallel_size,
+        expert_model_parallel_size=model.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,  # an expert is whole on its rank
         sequence_parallel=model.sequence_parallel,
         pipeline_dtype=params_dtype,
         params_dtype=params_dtype,
@@ -135,9 +138,16 @@ def build_model(
         rank's device, withholding logits on the last stage.
     """
     config = transformer_config(architecture, model, params_dtype=params_dtype)
+    if architecture.num_experts:
+        complete_router()
     interleaved = model.virtual_pipeline_model_parallel_size
     stages = range(interleaved) if interleaved else [None]
-    return [_build_chunk(architecture, model, config, stage) for stage in stages]
+    chunks = [_build_chunk(architecture, model, config, stage) for stage in stages]
+    for name, parameter in (named for chunk in chunks for named in chunk.named_parameters()):
+        if ".local_experts." in name:
+            # Copies of it lie on tensor-parallel ranks too; Megatron marks it with expert parallelism alone.
+            parameter.allreduce = False
+    return chunks
 
 
 def _build_chunk(

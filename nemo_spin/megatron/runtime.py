@@ -31,6 +31,7 @@ class Runtime:
         tp_group: Tensor-parallel process group.
         cp_group: Context-parallel process group.
         dp_group: Data-parallel process group; one rank of each replica.
+        ep_size: Ranks that share the experts of a layer.
     """
 
     device: torch.device
@@ -47,6 +48,7 @@ class Runtime:
     tp_group: Any
     cp_group: Any
     dp_group: Any
+    ep_size: int = 1
 
     @property
     def is_first_rank(self) -> bool:
@@ -70,6 +72,7 @@ def initialize(
     pipeline_model_parallel_size: int,
     virtual_pipeline_model_parallel_size: int | None = None,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
     seed: int,
     timeout_s: float = 1800.0,
 ) -> Runtime:
@@ -112,6 +115,7 @@ def initialize(
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
         context_parallel_size=context_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
         seed=seed,
         timeout_s=timeout_s,
     )
@@ -137,6 +141,7 @@ def _initialize_model_parallel(
     pipeline_model_parallel_size: int,
     virtual_pipeline_model_parallel_size: int | None,
     context_parallel_size: int,
+    expert_model_parallel_size: int,
     seed: int,
     timeout_s: float,
 ) -> Runtime:
@@ -148,6 +153,8 @@ def _initialize_model_parallel(
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
         context_parallel_size=context_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
+        expert_tensor_parallel_size=1,  # an expert is whole on its rank
         distributed_timeout_minutes=max(1, int(timeout_s // 60)),
     )
     torch.manual_seed(seed)
@@ -169,6 +176,7 @@ def _initialize_model_parallel(
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
     )
 
 

@@ -58,7 +58,7 @@ class ModelShape:
 
 
 def shape_of(architecture: Architecture) -> ModelShape:
-    """The shape of a dense model."""
+    """The shape of a model; where it has experts, every layer does."""
     return ModelShape(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -71,6 +71,11 @@ def shape_of(architecture: Architecture) -> ModelShape:
         qkv_bias=architecture.qkv_bias,
         qk_norm=architecture.qk_norm,
         tie_word_embeddings=architecture.tie_word_embeddings,
+        num_moe_layers=architecture.num_layers if architecture.num_experts else 0,
+        num_experts=architecture.num_experts,
+        experts_per_token=architecture.experts_per_token,
+        moe_ffn_hidden_size=architecture.expert_ffn_hidden_size,
+        shared_ffn_hidden_size=architecture.shared_expert_ffn_hidden_size,
     )
 
 

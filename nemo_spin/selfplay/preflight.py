@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from nemo_spin.bridge.checkpoint_files import check_checkpoint
+from nemo_spin.config.expert_rules import check_experts_fit
 from nemo_spin.config.fp8_rules import check_fp8_fits
 from nemo_spin.config.schema import Config
 from nemo_spin.config.validate import check_model_fits
@@ -74,12 +75,15 @@ def check_model(config: Config, model_dir: Path) -> None:
         ConfigError: A parallel size does not divide it.
     """
     architecture = check_checkpoint(model_dir, finite=False)
+    has_experts = architecture.num_experts > 0
+    mlp_width = architecture.shared_expert_ffn_hidden_size if has_experts else architecture.ffn_hidden_size
+    check_experts_fit(config, num_experts=architecture.num_experts)
     check_model_fits(
         config,
         num_layers=architecture.num_layers,
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_query_groups,
-        ffn_hidden_size=architecture.ffn_hidden_size,
+        ffn_hidden_size=mlp_width,
         vocab_size=architecture.vocab_size,
         longest_sequence=architecture.longest_sequence,
     )

@@ -67,6 +67,7 @@ def _run(options: argparse.Namespace, progress: Progress) -> None:
         pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.model.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.model.context_parallel_size,
+        expert_model_parallel_size=config.model.expert_model_parallel_size,
         seed=config.seed,
     )
     context = StageContext(

@@ -68,7 +68,11 @@ def logps(model: Any, table: pa.Table) -> torch.Tensor:
 
 def load(directory: Path) -> Any:
     """The model of `directory` in float64."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
+    return AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float64,
+        experts_implementation="eager",  # the fused ones have no float64
+    )
 
 
 def with_opponent(table: pa.Table, opponent_logps: torch.Tensor) -> pa.Table:

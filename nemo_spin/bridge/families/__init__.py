@@ -19,12 +19,16 @@ def families() -> tuple[Family, ...]:
     from nemo_spin.bridge.families.gpt_neox import GPT_NEOX
     from nemo_spin.bridge.families.llama import LLAMA
     from nemo_spin.bridge.families.mistral import MISTRAL
+    from nemo_spin.bridge.families.mixtral import MIXTRAL
     from nemo_spin.bridge.families.olmo2 import OLMO2
     from nemo_spin.bridge.families.phi3 import PHI3
     from nemo_spin.bridge.families.qwen2 import QWEN2
+    from nemo_spin.bridge.families.qwen2_moe import QWEN2_MOE
     from nemo_spin.bridge.families.qwen3 import QWEN3
+    from nemo_spin.bridge.families.qwen3_moe import QWEN3_MOE
 
-    return (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OLMO2, GPT2, GPT_NEOX, GPT_NEO)
+    dense = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OLMO2, GPT2, GPT_NEOX, GPT_NEO)
+    return (*dense, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
 
 
 def family_of(architecture: Architecture) -> Family:

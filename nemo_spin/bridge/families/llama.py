@@ -15,7 +15,7 @@ _DECODER = "decoder.layers.{layer}"
 _HF = "model.layers.{layer}"
 
 EMBEDDING = VocabularyParallel("embedding.word_embeddings.weight", "model.embed_tokens.weight")
-LAYER = (
+ATTENTION_ROWS = (  # and both norms of a layer
     Replicated(f"{_DECODER}.input_layernorm.weight", f"{_HF}.input_layernorm.weight", ("hidden_size",)),
     QueryKeyValue(
         f"{_DECODER}.self_attention.linear_qkv.weight",
@@ -32,6 +32,9 @@ LAYER = (
     Replicated(
         f"{_DECODER}.pre_mlp_layernorm.weight", f"{_HF}.post_attention_layernorm.weight", ("hidden_size",)
     ),
+)
+LAYER = (
+    *ATTENTION_ROWS,
     ColumnParallel(
         f"{_DECODER}.mlp.linear_fc1.weight",
         (f"{_HF}.mlp.gate_proj.weight", f"{_HF}.mlp.up_proj.weight"),

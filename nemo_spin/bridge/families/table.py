@@ -73,8 +73,12 @@ class Family:
         yield from self.positions
         in_layer = self.layer_mappings(architecture)
         for layer in range(architecture.num_layers):
-            for mapping in in_layer:
-                yield mapping.at_layer(layer)
+            for row in in_layer:
+                mapping = row.at_layer(layer)
+                if mapping.is_of_experts:
+                    yield from map(mapping.at_expert, range(architecture.num_experts))
+                else:
+                    yield mapping
         yield from self.final
         if not architecture.tie_word_embeddings:
             yield self.output_layer
@@ -92,16 +96,21 @@ class Family:
         tied = architecture.tie_word_embeddings and name == self.output_layer.hf
         return tied or name.endswith(self.ignored_tensors)
 
-    def parameter(self, name: str, layer: int | None, architecture: Architecture) -> Mapping | None:
+    def parameter(
+        self, name: str, layer: int | None, architecture: Architecture, *, expert: int | None = None
+    ) -> Mapping | None:
         """The mapping of a Megatron parameter.
 
         Args:
-            name: Its canonical name, with `{layer}` for the number of its layer.
+            name: Its canonical name, with `{layer}` and `{expert}` for the numbers of these.
             layer: Number of its layer in the whole model; None outside the layers.
+            architecture: The model.
+            expert: Number of its expert in the whole layer; None outside of experts.
         """
         if layer is not None:
             in_layer = self.layer_mappings(architecture)
-            return next((m.at_layer(layer) for m in in_layer if m.megatron == name), None)
+            found = next((m.at_layer(layer) for m in in_layer if m.megatron == name), None)
+            return found if found is None or expert is None else found.at_expert(expert)
         if name == self.output_layer.megatron and architecture.tie_word_embeddings:
             return replace(self.embedding, megatron=name)  # the last stage's copy
         outside = (self.embedding, *self.positions, *self.final, self.output_layer)

@@ -49,16 +49,27 @@ def read_model(path: str) -> PlannedModel:
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
     family = next((family for family in families() if name in family.architectures), None)
     _check_sizes(config, config_path)
-    if family is not None:
+    count_key = next((key for key in _EXPERT_COUNTS if config.get(key)), None)
+    if family is not None and count_key is None:
         architecture = read_architecture(config_path.parent, config, family)
         return PlannedModel(path, shape_of(architecture), architecture)
-    count_key = next((key for key in _EXPERT_COUNTS if config.get(key)), None)
     if name is None or count_key is None:
         supported = ", ".join(entry for family in families() for entry in family.architectures)
         raise _unusable(
             f"{config_path}: architectures", repr(names), f"known are {supported}, and mixtures of experts"
         )
-    return PlannedModel(path, _mixture(config, count_key, _kin(name), config_path), None)
+    shape = _mixture(config, count_key, _kin(name), config_path)
+    return PlannedModel(path, shape, _supported(config, family, config_path.parent))
+
+
+def _supported(config: dict[str, Any], family: Family | None, directory: Path) -> Architecture | None:
+    """What the bridge makes of a mixture of experts; None where it refuses it."""
+    if family is None:
+        return None
+    try:
+        return read_architecture(directory, config, family)
+    except CheckpointError:
+        return None
 
 
 def _config_path(path: str) -> Path:

@@ -10,7 +10,13 @@ from nemo_spin.errors import NemoSpinError
 
 
 def _build(
-    tp_size: int, pp_size: int, source: Path, dtype: str, vocab_multiple: int | None = None
+    tp_size: int,
+    pp_size: int,
+    source: Path,
+    dtype: str,
+    *,
+    vocab_multiple: int | None = None,
+    ep_size: int = 1,
 ) -> tuple[list[Any], Any]:
     import torch
 
@@ -18,13 +24,14 @@ def _build(
     from nemo_spin.config.schema import ModelConfig
     from nemo_spin.megatron import provider, runtime
 
-    runtime.initialize(
-        tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size, seed=1, timeout_s=60
-    )
+    sizes = {
+        "tensor_model_parallel_size": tp_size,
+        "pipeline_model_parallel_size": pp_size,
+        "expert_model_parallel_size": ep_size,
+    }
+    runtime.initialize(**sizes, seed=1, timeout_s=60)
     architecture = architecture_of(source)
-    model = ModelConfig(
-        path=str(source), tensor_model_parallel_size=tp_size, pipeline_model_parallel_size=pp_size
-    )
+    model = ModelConfig(path=str(source), **sizes)
     rows_of_vocabulary = provider.padded_vocab_size
     if vocab_multiple is not None:  # as on a GPU
         provider.padded_vocab_size = lambda size, tp: -(-size // (tp * vocab_multiple)) * tp * vocab_multiple
@@ -46,7 +53,8 @@ def convert(tp_size: int, pp_size: int, source: Path, target: Path, options: dic
     from nemo_spin.data.progress import SilentProgress
 
     dtype = options.get("params_dtype", "float32")
-    chunks, architecture = _build(tp_size, pp_size, source, dtype, options.get("vocab_multiple"))
+    sizes = {name: options[name] for name in ("vocab_multiple", "ep_size") if name in options}
+    chunks, architecture = _build(tp_size, pp_size, source, dtype, **sizes)
     load_weights(chunks, source, architecture)
     manifest = export_weights(
         chunks,
@@ -128,6 +136,7 @@ def step(model: dict[str, Any], source: Path, table: Any, gradients: Path) -> li
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
         seed=1,
         timeout_s=60,
     )

@@ -24,6 +24,9 @@ CLASSES = {  # family -> its classes of configuration and model
     "gpt2": ("GPT2Config", "GPT2LMHeadModel"),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM"),
     "gpt_neo": ("GPTNeoConfig", "GPTNeoForCausalLM"),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM"),
+    "qwen2_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM"),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
 }
 COMMON = {  # odd on purpose: nothing is a power of two, the vocabulary is prime
     "vocab_size": 89,
@@ -75,8 +78,27 @@ ODD: dict[str, dict[str, Any]] = {  # of each family; 6 heads of these sizes are
     "gpt2": {"n_inner": 36, "scale_attn_weights": False},
     "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 5e3},
     "gpt_neo": {"window_size": 5, "attention_types": [[["global", "local"], 1]]},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 28,
+    },
+    "qwen3_moe": {
+        "head_dim": 6,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+    },
 }
 SAVED_AS = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}  # a parameter's name -> that in files
+EXPERTS = {  # stored names of a layer's router and experts, where the model's own are others
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen2_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+}
 _OWN_NAMES: dict[str, dict[str, Any]] = {  # of COMMON's keys; None: there is none
     "gpt2": {
         "hidden_size": "n_embd",
@@ -138,3 +160,25 @@ def edit_config(directory: Path, *, remove: tuple[str, ...] = (), **values: Any)
     config = {**json.loads(path.read_text()), **values}
     path.write_text(json.dumps({key: value for key, value in config.items() if key not in remove}))
     return directory
+
+
+def as_saved(family: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors named as the model's parameters, named and cut as they are saved."""
+    saved: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        renamed = SAVED_AS.get(family, {}).get(name, name)
+        if family not in EXPERTS:
+            saved[renamed] = tensor
+            continue
+        place, (gate, up, down) = EXPERTS[family]
+        renamed = renamed.replace(".mlp.", f".{place}.")
+        stem, _, kind = renamed.rpartition(".")
+        if kind not in ("gate_up_proj", "down_proj"):
+            saved[renamed] = tensor
+            continue
+        for expert, values in enumerate(tensor):
+            parts = (
+                zip((gate, up), values.chunk(2), strict=True) if kind == "gate_up_proj" else [(down, values)]
+            )
+            saved |= {f"{stem}.{expert}.{part}.weight": part_values for part, part_values in parts}
+    return saved

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nemo_spin.bridge.families import architecture_of, families, family_of
 from nemo_spin.errors import CheckpointError
-from tests.unit.bridge.checkpoints import CLASSES, COMMON, SAVED_AS, config_of, edit_config
+from tests.unit.bridge.checkpoints import CLASSES, COMMON, as_saved, config_of, edit_config
 
 _DIRECTORY = tempfile.TemporaryDirectory()
 
@@ -30,16 +30,17 @@ def test_names_and_shapes_are_those_that_transformers_saves(tmp_path: Path, fami
     architecture = architecture_of(_directory(tmp_path, family, tie_word_embeddings=tied))
     with torch.device("meta"):
         model = getattr(transformers, CLASSES[family][1])(config_of(family, tie_word_embeddings=tied))
-    names = SAVED_AS.get(family, {})
-    expected = {names.get(name, name): tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    saved = as_saved(family, dict(model.named_parameters()))
+    expected = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     assert family_of(architecture).stored_shapes(architecture) == expected
 
 
-HEAD_DIMS = {"llama": 8, "mistral": 10, "qwen3": 6, "gemma2": 10, "gemma3": 10}
+HEAD_DIMS = {"llama": 8, "mistral": 10, "qwen3": 6, "qwen3_moe": 6, "gemma2": 10, "gemma3": 10}
 LAYER_NORMS = ("gpt2", "gpt_neox", "gpt_neo")
 OWN_KEYS = {"gpt2": "layer_norm_epsilon", "gpt_neo": "layer_norm_epsilon", "gpt_neox": "layer_norm_eps"}
 WINDOWS = {
     "mistral": (7, 7),
+    "mixtral": (7, 7),
     "qwen2": (None, 6),
     "gemma2": (5, None),
     "gemma3": (None, 5),
@@ -63,15 +64,49 @@ def test_the_configuration_is_read_completely(tmp_path: Path, family: str) -> No
     assert architecture.norm_epsilon == 3e-5
     assert (architecture.bos_token_id, architecture.eos_token_ids) == (1, (5, 7))
     assert architecture.torch_dtype == "bfloat16"
-    assert architecture.qkv_bias == (family in ("qwen2", "gpt2", "gpt_neox"))
+    assert architecture.qkv_bias == (family in ("qwen2", "qwen2_moe", "gpt2", "gpt_neox"))
     assert architecture.attention_output_bias == architecture.mlp_bias == (family in LAYER_NORMS)
     assert (architecture.qk_norm, architecture.whole_qk_norm) == (
-        family in ("qwen3", "gemma3"),
+        family in ("qwen3", "qwen3_moe", "gemma3"),
         family == "olmo2",
     )
     assert architecture.gated == (architecture.normalization == "rms") == (family not in LAYER_NORMS)
     assert architecture.windows == WINDOWS.get(family, ())
     assert architecture.max_position_embeddings == COMMON["max_position_embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("mixtral", (4, 2, 36, 0, True)),
+        ("qwen2_moe", (4, 3, 20, 28, False)),
+        ("qwen3_moe", (6, 2, 20, 0, True)),
+        ("llama", (0, 0, 0, 0, False)),
+    ],
+)
+def test_experts_are_read_completely(tmp_path: Path, family: str, expected: tuple[int, ...]) -> None:
+    read = architecture_of(_directory(tmp_path, family))
+    assert expected == (
+        read.num_experts,
+        read.experts_per_token,
+        read.expert_ffn_hidden_size,
+        read.shared_expert_ffn_hidden_size,
+        read.renormalised_routing,
+    )
+
+
+def test_older_files_of_qwen_3_call_their_experts_otherwise(tmp_path: Path) -> None:
+    edit_config(_directory(tmp_path, "qwen3_moe"), remove=("num_local_experts",), num_experts=12)
+    assert architecture_of(tmp_path).num_experts == 12
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("decoder_sparse_step", 2), ("mlp_only_layers", [0]), ("num_experts_per_tok", 7)]
+)
+def test_experts_in_some_layers_or_too_many_at_once_are_refused(tmp_path: Path, key: str, value: Any) -> None:
+    edit_config(_directory(tmp_path, "qwen3_moe"), **{key: value})
+    with pytest.raises(CheckpointError, match=key):
+        architecture_of(tmp_path)
 
 
 def test_gemma_is_read_completely(tmp_path: Path) -> None:
@@ -166,7 +201,7 @@ def test_keys_left_out_mean_what_the_class_says(tmp_path: Path, family: str) -> 
         assert architecture.windows == (None, 256) * 12
     if family == "gemma3":
         assert architecture.windows == ((4096,) * 5 + (None,)) * 4 + (4096, 4096)
-    assert architecture.rope.theta == (1e6 if family == "gemma3" else 10000.0)
+    assert architecture.rope.theta == (1e6 if family in ("gemma3", "mixtral") else 10000.0)
     assert architecture.rope.partial_rotary_factor == (0.25 if family == "gpt_neox" else 1.0)
 
 

@@ -31,7 +31,17 @@ ARCHITECTURE = Architecture(
     vocab_size=11,
     max_position_embeddings=16,
     norm_epsilon=1e-6,
+    num_experts=3,
+    expert_ffn_hidden_size=5,
 )
+EXPERTS = [  # whole on the rank that holds them: only their width is of a size of their own
+    ColumnParallel(
+        "experts.{expert}.fc1",
+        ("hf.{expert}.gate", "hf.{expert}.up"),
+        ("expert_ffn_hidden_size", "hidden_size"),
+    ),
+    RowParallel("experts.{expert}.fc2", "hf.{expert}.down", ("hidden_size", "expert_ffn_hidden_size")),
+]
 KINDS = [
     Replicated("norm", "hf.norm", ("hidden_size",)),
     VocabularyParallel("embedding", "hf.embedding"),
@@ -108,6 +118,20 @@ def test_every_value_of_a_parameter_is_stored_but_for_padded_rows(mapping: Mappi
     padded_rows = _vocab_rows(tp_size) * tp_size - ARCHITECTURE.vocab_size
     is_vocabulary = isinstance(mapping, VocabularyParallel)
     assert zeros == (padded_rows * ARCHITECTURE.hidden_size if is_vocabulary else 0)
+
+
+@pytest.mark.parametrize("mapping", EXPERTS, ids=lambda mapping: mapping.megatron)
+def test_an_expert_is_whole_where_it_is(mapping: Mapping) -> None:
+    assert mapping.is_of_experts
+    third = mapping.at_layer(0).at_expert(2)
+    stored = _stored(third)
+    assert all(name.startswith("hf.2.") for name in stored)
+    parameter = _parameter(third, stored, Share(0, 1))
+    assert (np.sort(parameter.ravel()) == np.arange(1, 1 + parameter.size)).all()
+    for piece in third.pieces(ARCHITECTURE, Share(0, 1), 0):
+        np.testing.assert_array_equal(
+            parameter[_index(piece.local)], stored[piece.tensor][_index(piece.stored)]
+        )
 
 
 def test_query_key_value_rows_alternate_by_group() -> None:

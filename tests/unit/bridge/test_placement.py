@@ -50,7 +50,9 @@ def _stage(layer_number: int, **layer: Any) -> nn.Module:
 @pytest.fixture(autouse=True)
 def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     state = SimpleNamespace(
-        get_tensor_model_parallel_rank=lambda: 0, get_tensor_model_parallel_world_size=lambda: 1
+        get_tensor_model_parallel_rank=lambda: 0,
+        get_tensor_model_parallel_world_size=lambda: 1,
+        get_data_parallel_rank=lambda with_context_parallel: 0,
     )
     monkeypatch.setattr(placement, "parallel_state", state)
 

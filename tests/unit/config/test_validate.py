@@ -163,7 +163,7 @@ def test_the_global_batch_is_whole_microbatches_of_every_rank() -> None:
         ),
         (
             ["model.expert_model_parallel_size=2"],
-            "must be 1: the supported model families have no experts yet",
+            "model.expert_model_parallel_size: 2, with 1 ranks in each of 1 pipeline stages",
         ),
         (["generation.replicas=2"], "generation.replicas: 2\n  rule:   must be 1: one sampler at a time"),
         (["trainer.num_nodes=2"], "the local launcher starts ranks on this machine only"),

@@ -165,6 +165,12 @@ def test_a_mixture_of_experts_on_128_nodes(tmp_path: Path) -> None:
     layout = plan.chosen.layout
     assert layout.expert > 1 and 128 % layout.expert == 0
     assert layout.tensor * layout.pipeline * layout.context * layout.data == 1024
+    assert f"model.expert_model_parallel_size={layout.expert}" in plan.overrides
+    assert layout.tensor == 1 or "model.sequence_parallel=true" in plan.overrides
+
+
+def test_a_mixture_that_the_bridge_refuses_is_planned_without_settings(tmp_path: Path) -> None:
+    _, plan = planned(tmp_path, {**models.QWEN3_235B, "mlp_only_layers": [0]}, nodes=128)
     assert plan.overrides == ()
     assert any("not trained yet" in note for note in plan.notes)
 
