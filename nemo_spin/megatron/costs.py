@@ -18,7 +18,7 @@ pipeline-, context-, data- and expert-parallel sizes; s token positions of a mic
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nemo_spin.megatron.sizes import Cluster, Device, ModelShape, Numerics, ParallelLayout, Work
 
@@ -93,12 +93,12 @@ def layer_parameters(shape: ModelShape, layout: ParallelLayout, *, moe: bool) ->
 def stage_parameters(
     shape: ModelShape, layout: ParallelLayout, numerics: Numerics, *, stage: int
 ) -> Parameters:
-    """Of a rank of pipeline stage `stage`: equal numbers of layers, experts spread evenly over them.
+    """Of a rank of pipeline stage `stage`: its share of the layers, experts spread evenly over them.
 
     The first stage has the embedding, the last one the last norm and the output layer, which is a
     copy of the embedding where they are tied (and none where one stage has both).
     """
-    share = 1 / layout.pipeline
+    share = layout.stage_layers(shape.num_layers)[stage] / shape.num_layers
     dense = layer_parameters(shape, layout, moe=False).total * (shape.num_layers - shape.num_moe_layers)
     moe = layer_parameters(shape, layout, moe=True) if shape.num_moe_layers else Parameters()
     vocabulary = padded_vocab_size(
@@ -167,11 +167,9 @@ def training_memory(
     shards = layout.data * layout.context if layout.distributed_optimizer else 1
     expert_shards = layout.expert_data if layout.distributed_optimizer else 1
     owned = held.dense / shards + held.expert / expert_shards
-    layers = shape.num_layers / layout.pipeline
-    per_layer = layer_activation_bytes(shape, layout, work, numerics)
-    kept = layers * per_layer * microbatches_in_flight(layout, work, stage)
-    if layout.recompute == "full":  # [K] section 5: the layer that is computed again is there in full
-        kept += layer_activation_bytes(shape, layout, work, numerics, recompute="none")
+    in_flight = microbatches_in_flight(layout, work, stage)
+    per_microbatch, again = _stage_activation_bytes(shape, layout, work, numerics, stage=stage)
+    kept = in_flight * per_microbatch + again
     return Memory(
         parameters=held.total * numerics.bytes_per_number,
         gradients=held.total * _MAIN,
@@ -181,6 +179,31 @@ def training_memory(
         head_and_loss=head_bytes(shape, layout, work, numerics) if stage == layout.pipeline - 1 else 0.0,
         temporaries=_backward_temporaries(shape, layout, work, numerics),
     )
+
+
+def _stage_activation_bytes(
+    shape: ModelShape, layout: ParallelLayout, work: Work, numerics: Numerics, *, stage: int
+) -> tuple[float, float]:
+    """What the layers of a stage keep of one microbatch, and what is there while some is computed again.
+
+    Of layers that are one group the first one's input is kept. What is computed again is there in
+    full for a while ([K] section 5): a part of a layer, or one group of layers, by which time
+    those that are not computed again have had their backward pass.
+    """
+    layers = layout.stage_layers(shape.num_layers)[stage]
+    whole = layer_activation_bytes(shape, layout, work, numerics, recompute="none")
+    if layout.recompute == "none":
+        return layers * whole, 0.0
+    kept = layer_activation_bytes(shape, layout, work, numerics)
+    if layout.recompute == "selective":
+        parts = layout.recompute_modules
+        alone = [replace(layout, recompute_modules=(part,)) for part in parts] if len(parts) > 1 else []
+        least = min((layer_activation_bytes(shape, part, work, numerics) for part in alone), default=kept)
+        return layers * kept, whole - least
+    again = layout.layers_again(layers)
+    together = layout.recompute_num_layers if layout.recompute_method == "uniform" else 1
+    inputs = again / together
+    return inputs * kept + (layers - again) * whole, max(0.0, min(together, again) - (layers - again)) * whole
 
 
 def scoring_memory(
@@ -238,8 +261,10 @@ def layer_activation_bytes(
         MLP         5 f / t: gate, up (once more where Megatron adds its offset of 0), silu(gate), product
 
     Packed responses have the prompt's keys and values copied before their own, and a mask.
-    `selective` does without attention's output, normalisers, copies and mask; `full` keeps the
-    layer's input only. Sequence parallelism divides by t what tensor parallelism does not.
+    Under context parallelism attention keeps the gathered keys and values, 2 G D c / t, in place
+    of its own. `selective` does without attention's output, normalisers, copies, mask and what
+    was gathered, or without the MLP's numbers; `full` keeps the layer's input only. Sequence
+    parallelism divides by t what tensor parallelism does not.
     """
     recompute = recompute or layout.recompute
     a, t, h = numerics.bytes_per_number, layout.tensor, shape.hidden_size
@@ -251,18 +276,23 @@ def layer_activation_bytes(
     kept = own_tokens * 2 * norm * h
     if shape.qk_norm:
         kept += tokens * (shape.query_size + shape.key_size) / t * (norm - a)
-    kept += tokens * a * ((2 * shape.query_size + 3 * shape.key_size) / t + 4 * shape.head_dim)
+    attends_again = recompute == "selective" and "core_attn" in layout.recompute_modules
+    keeps_gathered = layout.context > 1 and not attends_again
+    own = 2 * shape.query_size + 3 * shape.key_size
+    gathered = shape.query_size + 2 * shape.key_size * layout.context
+    kept += tokens * a * ((gathered if keeps_gathered else own) / t + 4 * shape.head_dim)
     kept += tokens * a * shape.query_size / t
-    if recompute == "none":
+    if not attends_again:
         if work.packing != "none":
             kept += tokens * a * shape.query_size / t
         kept += tokens * _MAIN * shape.num_attention_heads / t
         kept += _prefix_bytes(shape, layout, work, numerics)
     share = shape.num_moe_layers / shape.num_layers
+    mlp = 0 if recompute == "selective" and "mlp" in layout.recompute_modules else _mlp_numbers(shape)
     return (
         kept
         + share * _moe_bytes(shape, layout, numerics, tokens=tokens, own_tokens=own_tokens)
-        + (1 - share) * tokens * a * _mlp_numbers(shape) * shape.ffn_hidden_size / t
+        + (1 - share) * tokens * a * mlp * shape.ffn_hidden_size / t
     )
 
 
@@ -423,10 +453,11 @@ def step_time(
     units = math.ceil(work.global_batch_size / layout.data) / work.microbatches(layout.data)
     compute = _microbatch_compute(shape, layout, work, numerics, cluster, units=units, training=training)
     tokens = units * work.unit_tokens / layout.context
-    passes = (3 if layout.recompute == "full" else 2) if training else 1
+    layers = max(layout.stage_layers(shape.num_layers))
+    again = layout.layers_again(layers) / layers
+    passes = 2 + again + layout.recomputes("mlp") / 2 if training else 1
     link, network = _rates(cluster)
     activations = tokens * shape.hidden_size * numerics.bytes_per_number
-    layers = shape.num_layers / layout.pipeline
     # [M] section 3.2: two all-reduces of a layer forward, two backward
     tensor = layers * 2 * passes * ring_seconds(activations, layout.tensor, link)
     context = 0.0
@@ -434,7 +465,7 @@ def step_time(
         near = layout.tensor * layout.context <= cluster.gpus_per_node
         keys = tokens * 2 * shape.key_size / layout.tensor * numerics.bytes_per_number
         # gathered forward and where attention is computed again; gradients reduced and scattered
-        exchanges = 1 + training * (1 + (layout.recompute != "none"))
+        exchanges = 1 + training * (1 + again + layout.recomputes("core_attn"))
         context = layers * exchanges * keys * (layout.context - 1) / (link if near else network)
     expert = _expert_seconds(shape, layout, cluster, activations=activations, passes=passes)
     hop = activations / (layout.tensor if layout.sequence_parallel else 1)
@@ -469,18 +500,30 @@ def _microbatch_compute(
     units: float,
     training: bool,
 ) -> float:
-    """Of the slowest stage, the last one, which has the head; recomputation included."""
+    """Of the slowest stage; recomputation included. The last stage has the head."""
     forward = unit_flops(shape, work)
-    layers, attention, head = 1.0, 1.0, 1.0
-    if training:
-        full, selective = layout.recompute == "full", layout.recompute == "selective"
-        layers, attention, head = 3.0 + full, 3.0 + (full or selective), 4.0  # logits are formed twice
     rate = peak(cluster.device, numerics) * layout.tensor * layout.context
-    stage = (
-        layers * forward.layers / MATMUL_EFFICIENCY + attention * forward.attention / ATTENTION_EFFICIENCY
-    ) / layout.pipeline
-    launches = LAUNCH_S * layers * shape.num_layers / layout.pipeline
-    return max(units * (stage + head * forward.head / MATMUL_EFFICIENCY) / rate, launches)
+    head = (4 if training else 1) * forward.head / MATMUL_EFFICIENCY  # logits are formed twice
+    *others, last = layout.stage_layers(shape.num_layers)
+    slowest = 0.0
+    for layers, after in {*((layers, 0.0) for layers in others), (last, head)}:
+        products, attention = _repetitions(shape, layout, layers) if training else (1.0, 1.0)
+        seconds = after + layers / shape.num_layers * (
+            products * forward.layers / MATMUL_EFFICIENCY
+            + attention * forward.attention / ATTENTION_EFFICIENCY
+        )
+        slowest = max(slowest, units * seconds / rate, LAUNCH_S * products * layers)
+    return slowest
+
+
+def _repetitions(shape: ModelShape, layout: ParallelLayout, layers: float) -> tuple[float, float]:
+    """Passes over the products and the attention of a stage's layers: three, and what is computed again."""
+    again = layout.layers_again(layers) / layers if layers else 0.0
+    share = 0.0
+    if layout.recomputes("mlp"):
+        mlp = (shape.num_layers - shape.num_moe_layers) * mlp_parameters(shape, shape.ffn_hidden_size)
+        share = mlp / layer_matmul_parameters(shape)
+    return 3.0 + again + share, 3.0 + again + layout.recomputes("core_attn")
 
 
 def peak(device: Device, numerics: Numerics) -> float:
@@ -490,7 +533,7 @@ def peak(device: Device, numerics: Numerics) -> float:
 
 
 def _expert_seconds(
-    shape: ModelShape, layout: ParallelLayout, cluster: Cluster, *, activations: float, passes: int
+    shape: ModelShape, layout: ParallelLayout, cluster: Cluster, *, activations: float, passes: float
 ) -> float:
     """Two all-to-alls of k copies of each token, of every layer with experts and pass."""
     if layout.expert == 1 or not shape.num_moe_layers:

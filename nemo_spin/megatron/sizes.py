@@ -123,7 +123,15 @@ class Cluster:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a model is split; `recompute` is none, selective (core attention only) or full."""
+    """How a model is split.
+
+    Attributes:
+        layers: Of each pipeline stage; empty where all have as many.
+        recompute: none | selective | full.
+        recompute_modules: selective: of a layer's core_attn and mlp, what is computed again.
+        recompute_method: full: uniform (all layers, some at a time) | block (the first of each chunk).
+        recompute_num_layers: How many these are.
+    """
 
     tensor: int = 1
     pipeline: int = 1
@@ -134,6 +142,28 @@ class ParallelLayout:
     sequence_parallel: bool = False
     recompute: str = "none"
     distributed_optimizer: bool = False
+    layers: tuple[int, ...] = ()
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    recompute_method: str = "uniform"
+    recompute_num_layers: int = 1
+
+    def stage_layers(self, num_layers: int) -> tuple[float, ...]:
+        """Layers of each stage, of a model of `num_layers`."""
+        return self.layers or (num_layers / self.pipeline,) * self.pipeline
+
+    def recomputes(self, part: str) -> bool:
+        """Whether `part` of a layer is computed again, the layer's input apart."""
+        return self.recompute == "selective" and part in self.recompute_modules
+
+    def layers_again(self, layers: float) -> float:
+        """Of a stage's `layers`, those that are computed again as a whole."""
+        if self.recompute != "full":
+            return 0.0
+        return layers if self.recompute_method == "uniform" else min(self._block, layers)
+
+    @property
+    def _block(self) -> float:
+        return float(self.recompute_num_layers * self.virtual)
 
     @property
     def expert_data(self) -> int:

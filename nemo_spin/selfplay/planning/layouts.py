@@ -9,7 +9,8 @@ from itertools import product
 from typing import Any
 
 from nemo_spin.config.mistakes import Mistake
-from nemo_spin.config.schema import Config
+from nemo_spin.config.pipeline_rules import layers_of_stages
+from nemo_spin.config.schema import Config, ModelConfig
 from nemo_spin.config.validate import find_mistakes
 from nemo_spin.megatron.costs import Memory, StepTime, step_time, training_memory, usable_bytes
 from nemo_spin.megatron.sizes import ModelShape, ParallelLayout, Work
@@ -19,7 +20,6 @@ _MAX_CONTEXT = 8
 _MAX_EXPERT = 64
 _VIRTUAL = (1, 2, 4)
 _SHRINK = (2, 4)  # of the configured microbatch
-# Megatron's distributed optimizer takes no other; `megatron/optimizers.py` puts RMSProp beside it.
 _RECOMPUTE = {"none": None, "selective": "selective", "full": "full"}
 
 
@@ -85,10 +85,10 @@ def anything_fits(shape: ModelShape, request: Request) -> bool:
 
 
 def _most_held(shape: ModelShape, layout: ParallelLayout, work: Work, request: Request) -> tuple[int, Memory]:
-    """The stage whose ranks hold most, which is the first or the last, and what they hold."""
+    """The stage whose ranks hold most, an end or the first between them, and what they hold."""
     held = {
         stage: training_memory(shape, layout, work, request.numerics, stage=stage)
-        for stage in {0, layout.pipeline - 1}
+        for stage in sorted({0, 1 if layout.layers and layout.pipeline > 2 else 0, layout.pipeline - 1})
     }
     worst = max(held, key=lambda stage: held[stage].total)
     return worst, held[worst]
@@ -135,7 +135,8 @@ def configured(shape: ModelShape, request: Request) -> ParallelLayout | None:
     tensor, context = model.tensor_model_parallel_size, model.context_parallel_size
     pipeline, virtual = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size or 1
     replica = tensor * pipeline * context
-    if request.cluster.world_size % replica or not _divides(shape, request, tensor, pipeline * virtual):
+    spread = _spread(shape, request, pipeline, virtual)
+    if request.cluster.world_size % replica or not _divides(shape, request, tensor) or spread is None:
         return None
     data = request.cluster.world_size // replica
     sharded = model.use_distributed_optimizer
@@ -148,25 +149,55 @@ def configured(shape: ModelShape, request: Request) -> ParallelLayout | None:
         sequence_parallel=model.sequence_parallel,
         recompute=model.recompute_granularity or "none",
         distributed_optimizer=data * context > 1 if sharded is None else sharded,
+        layers=spread,
+        **_recomputation(model, model.recompute_granularity),
     )
 
 
-def _divides(shape: ModelShape, request: Request, tensor: int, stages: int) -> bool:
+def _recomputation(model: ModelConfig, granularity: str | None) -> dict[str, Any]:
+    """What the configuration says about recomputation of this kind."""
+    if granularity == "selective":
+        return {"recompute_modules": tuple(model.recompute_modules)}
+    if granularity == "full":
+        return {
+            "recompute_method": model.recompute_method,
+            "recompute_num_layers": model.recompute_num_layers,
+        }
+    return {}
+
+
+def _spread(shape: ModelShape, request: Request, pipeline: int, virtual: int) -> tuple[int, ...] | None:
+    """Layers of each stage where the configuration wants uneven ones, else nothing; None: do not fit."""
+    chunks = virtual if virtual > 1 else None
+    model = replace(
+        request.config.model,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=chunks,
+    )
+    layers = layers_of_stages(model, shape.num_layers)
+    return () if layers and len(set(layers)) == 1 else layers
+
+
+def _divides(shape: ModelShape, request: Request, tensor: int) -> bool:
     counts = (
         request.cluster.gpus_per_node,
         shape.num_attention_heads,
         shape.num_query_groups,
         shape.ffn_hidden_size,
     )
-    return not any(number % tensor for number in counts) and shape.num_layers % stages == 0
+    return not any(number % tensor for number in counts)
 
 
 def _layouts(shape: ModelShape, request: Request) -> Iterator[ParallelLayout]:
     world = request.cluster.world_size
-    for tensor, pipeline in product(_divisors(request.cluster.gpus_per_node), _divisors(shape.num_layers)):
-        for context, virtual in product(_powers(_MAX_CONTEXT), _VIRTUAL):
+    tensors = [size for size in _divisors(request.cluster.gpus_per_node) if _divides(shape, request, size)]
+    for pipeline, virtual in product(_divisors(world), _VIRTUAL):
+        spread = _spread(shape, request, pipeline, virtual)
+        if spread is None:
+            continue
+        for tensor, context in product(tensors, _powers(_MAX_CONTEXT)):
             replica = tensor * pipeline * context
-            if world % replica or not _divides(shape, request, tensor, pipeline * virtual):
+            if world % replica:
                 continue
             if virtual > 1 and pipeline == 1:
                 continue
@@ -185,6 +216,8 @@ def _layouts(shape: ModelShape, request: Request) -> Iterator[ParallelLayout]:
                     sequence_parallel=sequence,
                     recompute=recompute,
                     distributed_optimizer=shard,
+                    layers=spread,
+                    **_recomputation(request.config.model, _RECOMPUTE[recompute]),
                 )
                 if _keeps_to(layout, request):
                     yield layout

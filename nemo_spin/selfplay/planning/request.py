@@ -10,7 +10,7 @@ from typing import Any
 from nemo_spin.config.iterations import at_iteration
 from nemo_spin.config.mistakes import nearest, raise_together
 from nemo_spin.config.rules import RANGES
-from nemo_spin.config.schema import Config
+from nemo_spin.config.schema import Config, ModelConfig
 from nemo_spin.config.validate import find_mistakes
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.megatron.sizes import DEVICES, Cluster, Device, Numerics, Work
@@ -29,6 +29,17 @@ CHOSEN: dict[str, dict[str, Any]] = {
     },
     "generation": {"tensor_parallel_size": 1, "replicas": 1},
     "trainer": {"devices": 1, "num_nodes": 1},
+}
+# What a plan takes as it is, but that is right or wrong only beside what it chooses.
+_DEPENDENT: dict[str, Any] = {
+    "num_layers_in_first_pipeline_stage": None,
+    "num_layers_in_last_pipeline_stage": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "recompute_modules": ModelConfig().recompute_modules,
+    "recompute_method": ModelConfig().recompute_method,
+    "recompute_num_layers": ModelConfig().recompute_num_layers,
+    "overlap_param_gather": False,
 }
 _RATES = [field.name for field in fields(Device) if field.name != "name"]
 _OVERRIDE = re.compile(r"\+?([\w.]+)=")
@@ -119,6 +130,7 @@ def _check(config: Config) -> None:
         config,
         **{section: replace(getattr(config, section), **values) for section, values in CHOSEN.items()},
     )
+    neutral = replace(neutral, model=replace(neutral.model, **_DEPENDENT))
     mistakes = find_mistakes(neutral, command=None)
     raise_together(mistakes)
     for section, values in CHOSEN.items():

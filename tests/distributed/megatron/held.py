@@ -82,6 +82,7 @@ def measure(
     runtime = initialize(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
         seed=1,
     )
     dtype = torch.bfloat16 if half else torch.float32

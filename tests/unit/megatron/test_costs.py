@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from nemo_spin.megatron import costs
 from nemo_spin.megatron.costs import (
     GIB,
+    LINK_EFFICIENCY,
     Sampler,
     active_parameter_count,
     generation_seconds,
@@ -17,6 +19,7 @@ from nemo_spin.megatron.costs import (
     parameter_count,
     ring_seconds,
     sampler_memory,
+    stage_parameters,
     step_time,
     training_memory,
     unit_flops,
@@ -220,3 +223,51 @@ def test_sampling_is_bound_by_memory_then_by_products() -> None:
     assert per_token(64) < 1.2 * one  # and for 64 answers hardly longer
     twice = generation_seconds(LLAMA_3_8B, Sampler(1, 64, 101), work, BF16, cluster, answers=128, replicas=2)
     assert twice == pytest.approx(100 * per_token(64))
+
+
+def test_uneven_stages_have_their_own_layers() -> None:
+    """The embedding's stage with two layers fewer is as much smaller as two layers are large."""
+    even, uneven = ParallelLayout(pipeline=2), ParallelLayout(pipeline=2, layers=(14, 18))
+    layer = (
+        stage_parameters(LLAMA_3_8B, even, BF16, stage=0).total
+        - stage_parameters(LLAMA_3_8B, replace(uneven, layers=(15, 17)), BF16, stage=0).total
+    )
+    assert layer == pytest.approx(218_112_000)  # 8B's layer: 4096 (6144 + 4096 + 3 x 14336) + 2 x 4096
+    for stage, difference in enumerate((-2, 2)):
+        held, equal = (
+            training_memory(LLAMA_3_8B, layout, WORK, BF16, stage=stage) for layout in (uneven, even)
+        )
+        assert held.gradients - equal.gradients == pytest.approx(4 * difference * layer)
+        assert held.activations / equal.activations == pytest.approx((16 + difference) / 16)
+
+
+def test_what_is_computed_again_takes_its_time() -> None:
+    cluster = Cluster(1, 8, DEVICES["H100"])
+    base = ParallelLayout(data=8)
+
+    def compute(**again: Any) -> float:
+        return step_time(LLAMA_3_8B, replace(base, **again), WORK, BF16, cluster).compute
+
+    none, full = compute(), compute(recompute="full")
+    attention = compute(recompute="selective")
+    mlp = compute(recompute="selective", recompute_modules=("mlp",))
+    both = compute(recompute="selective", recompute_modules=("core_attn", "mlp"))
+    assert both - none == pytest.approx((attention - none) + (mlp - none))
+    assert none < attention < mlp < both < full
+    half = compute(recompute="full", recompute_method="block", recompute_num_layers=16)
+    assert half == pytest.approx((none + full) / 2)
+
+
+def test_ranks_that_share_rows_exchange_keys_and_values() -> None:
+    """By hand: 1,000 positions over 2 ranks, keys and values of 1,024 numbers each in bf16, 32 layers."""
+    work = Work(
+        prompt=200, real=400, generated=400, longest_unit=1000, micro_batch_tokens=1000, global_batch_size=1
+    )
+    cluster = Cluster(1, 2, DEVICES["H100"])
+    layout = ParallelLayout(context=2)
+    once = 500 * 2 * 1024 * 2 * 32 / (450e9 * LINK_EFFICIENCY)
+    for recompute, exchanges in (("none", 2), ("selective", 3), ("full", 3)):
+        step = step_time(LLAMA_3_8B, replace(layout, recompute=recompute), work, BF16, cluster)
+        assert step.context == pytest.approx(exchanges * once)
+    scoring = step_time(LLAMA_3_8B, layout, work, BF16, cluster, training=False)
+    assert scoring.context == pytest.approx(once)

@@ -100,6 +100,15 @@ def test_recomputation_where_memory_is_short(tmp_path: Path) -> None:
     assert plan.chosen.layout.context == 4, "a row that is shared by ranks needs less of each"
 
 
+def test_uneven_stages_are_kept_as_they_are_configured(tmp_path: Path) -> None:
+    first = "model.num_layers_in_first_pipeline_stage=14"
+    _, plan = planned(tmp_path, models.LLAMA_3_8B, first, "model.pipeline_model_parallel_size=2", ADAM)
+    assert plan.chosen.layout.layers == (14, 18)
+    assert not any("pipeline_stage" in override for override in plan.overrides), "nothing to change there"
+    _, free = planned(tmp_path, models.LLAMA_3_8B, first, ADAM)
+    assert sum(free.chosen.layout.layers) == 32 and free.chosen.layout.layers[0] == 14
+
+
 def test_nothing_fits_and_how_many_nodes_would_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"2 nodes of this kind would do \(--nodes 2\)"):
         planned(tmp_path, models.LLAMA_2_70B)
