@@ -28,6 +28,7 @@ from nemo_spin.megatron.checkpoint_files import (
     partial_path,
     write_record,
 )
+from nemo_spin.megatron.compat import save_asynchronously
 from nemo_spin.megatron.engine import Engine
 from nemo_spin.megatron.optimizer_state import num_updates, sharded_optimizer_state, take_loaded
 from nemo_spin.megatron.runtime import Runtime, first_rank_writes
@@ -90,7 +91,7 @@ class CheckpointWriter:
         if engine.optimizer is not None:
             state[_UPDATES] = num_updates(engine.optimizer)
         state["common"] = common
-        request = dist_checkpointing.save(state, str(unfinished), ("torch_dist", 1), async_sharded_save=True)
+        request = save_asynchronously(state, unfinished)
         if request.async_fn is not None:
             hashed = partial(_write_and_hash, request.async_fn, unfinished, engine.runtime.rank)
             request = request._replace(async_fn=hashed)

@@ -10,7 +10,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from megatron.core import dist_checkpointing
 
 
 @functools.cache
@@ -41,3 +44,14 @@ def complete_router() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def save_asynchronously(state: dict[str, Any], directory: Path) -> Any:
+    """Prepares a distributed checkpoint; Megatron's AsyncRequest writes it. All ranks must call.
+
+    Megatron-Core 0.16 has one way of writing. 0.19 takes by default one of a package that is
+    rarely there (nvidia-resiliency-ext); its own is asked for by name.
+    """
+    named = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    way = {"async_strategy": "mcore"} if named else {}
+    return dist_checkpointing.save(state, str(directory), ("torch_dist", 1), async_sharded_save=True, **way)

@@ -26,7 +26,7 @@ def row_of_units() -> Tensor:
     return torch.tensor(segments, dtype=torch.int32)
 
 
-def module(heads: int, groups: int, head_size: int) -> Any:
+def module(heads: int, groups: int, head_size: int, window: int | None = None) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from nemo_spin.megatron.attention import SegmentAttention
@@ -37,8 +37,17 @@ def module(heads: int, groups: int, head_size: int) -> Any:
         num_attention_heads=heads,
         num_query_groups=groups,
         kv_channels=head_size,
+        window_size=None if window is None else (window - 1, 0),
     )
     return SegmentAttention(config, 1, None, "self")
+
+
+def in_window(mask: Tensor, window: int | None) -> Tensor:
+    """`mask` with the last `window` of the keys that each query sees; a response follows its prompt."""
+    if window is None:
+        return mask
+    after = mask.flip(1).cumsum(1).flip(1)  # keys from each on that the query sees
+    return mask & (after <= window)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -48,8 +57,14 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["float32", "bf16"]
 )
-@pytest.mark.parametrize(("heads", "groups", "head_size"), [(8, 2, 64), (4, 4, 128), (4, 1, 96)])
-def test_a_packed_row(dtype: torch.dtype, bound: float, heads: int, groups: int, head_size: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "groups", "head_size", "window"),
+    [(8, 2, 64, None), (4, 4, 128, None), (4, 1, 96, None), (8, 2, 64, 100)],
+    ids=["grouped", "all-heads", "one-group", "window"],
+)
+def test_a_packed_row(
+    dtype: torch.dtype, bound: float, heads: int, groups: int, head_size: int, window: int | None
+) -> None:
     segments = row_of_units()
     length = int(segments[:, 1].sum())
     torch.manual_seed(0)
@@ -58,11 +73,11 @@ def test_a_packed_row(dtype: torch.dtype, bound: float, heads: int, groups: int,
         for count in (heads, groups, groups)
     ]
     weights = torch.randn(length, heads, head_size, device="cuda", dtype=dtype)
-    row = module(heads, groups, head_size)(*tensors, attention_mask=segments)
+    row = module(heads, groups, head_size, window)(*tensors, attention_mask=segments)
     assert row.shape == (length, 1, heads * head_size)
     (row.view_as(weights) * weights).sum().backward()
     exact = [tensor.detach().squeeze(1).double().requires_grad_() for tensor in tensors]
-    expected = dense(*exact, seen(segments, length).cuda(), head_size**-0.5)
+    expected = dense(*exact, in_window(seen(segments, length), window).cuda(), head_size**-0.5)
     (expected * weights.double()).sum().backward()
     assert relative(row.view_as(weights), expected) < bound
     for tensor, reference in zip(tensors, exact, strict=True):
