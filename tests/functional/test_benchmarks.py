@@ -1,0 +1,85 @@
+"""The benchmarks' entry point at small sizes: what is compared is the same, and memory is what is claimed.
+
+Times are not asserted: they belong to the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from examples.benchmarks.chat_lengths import PROMPT, RESPONSE, chat_pairs, lengths
+from examples.benchmarks.measure import ratios, spread, summary
+
+ROOT = Path(__file__).parents[2]
+
+
+def benchmark(name: str, json_path: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
+    """What was printed, and what was written."""
+    command = [sys.executable, "-m", "examples.benchmarks", name, "--json", str(json_path), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(json_path.read_text())
+
+
+def test_the_head_needs_less_than_an_eighth_of_the_plain_ones_memory(tmp_path: Path) -> None:
+    sizes = ["--vocabulary", "32768", "--tokens", "4096", "--hidden", "32", "--precision", "32"]
+    shown, written = benchmark("head", tmp_path / "head.json", *sizes, "--repeats", "1")
+    assert "without logits" in shown and "peak MiB" in shown
+    assert written["machine"]["versions"]["torch"] and written["settings"]["tokens"] == 4096
+    result = written["results"]["32"]
+    logits_mib = 32768 * 4096 * 4 / 2**20
+    # log_softmax's result, the gradient of it and that of the logits
+    assert result["plain"]["above_mib"]["median"] == pytest.approx(3 * logits_mib, rel=0.1)
+    assert result["ratio"]["above_mib"]["median"] < 1 / 8
+    assert result["ratio"]["whole_mib"]["median"] < 1 / 8
+
+
+def test_packing_computes_the_same_with_fewer_slots(tmp_path: Path) -> None:
+    sizes = ["--scale", "0.1", "--hidden", "32", "--pairs", "12", "--batches", "2", "--repeats", "1"]
+    shown, written = benchmark("packing", tmp_path / "packing.json", *sizes)
+    computed = written["results"]["computed"]
+    assert all(name in shown for name in computed)
+    shares = [computed[name]["useful_share"] for name in ("shared_prompt", "pairs", "none")]
+    shares.append(computed["padded to the longest"]["useful_share"])
+    assert shares[0] == 1.0 and shares == sorted(shares, reverse=True)
+    counted = written["results"]["counted"]
+    assert all(one["useful_share"] == 1.0 for one in counted if one["multiple"] == 1)
+    assert all(one["busy_share"] <= one["useful_share"] for one in counted)
+
+
+def test_at_least_97_of_100_slots_are_useful_on_chat_like_lengths() -> None:
+    """Also where rows are padded to multiples of 16 and ranks wait for the slowest of eight."""
+    import argparse
+
+    from examples.benchmarks.packing import _count
+    from nemo_spin.data.datasets import Units
+
+    options = argparse.Namespace(pairs=64, micro_batch_size=4)
+    units = Units(chat_pairs(8 * 64, vocabulary=100, seed=1))
+    found = _count(options, units, budget=8192, ranks=8, multiple=16)
+    assert found["useful_share"] > 0.99 and found["busy_share"] > 0.97
+
+
+@pytest.mark.parametrize("shape", [PROMPT, RESPONSE], ids=["prompt", "response"])
+def test_lengths_are_log_normal_within_bounds_and_seeded(shape: tuple[float, float, int, int]) -> None:
+    median, _, least, most = shape
+    found = lengths(np.random.default_rng(0), 20_000, shape)
+    assert least <= found.min() and found.max() <= most
+    assert np.median(found) == pytest.approx(median, rel=0.1)
+    assert np.mean(found) > np.median(found)
+    assert np.array_equal(found, lengths(np.random.default_rng(0), 20_000, shape))
+
+
+def test_ratios_are_formed_within_a_turn() -> None:
+    """A machine that becomes twice as slow changes times, not ratios."""
+    ours, theirs = [{"seconds": 1.0}, {"seconds": 2.0}], [{"seconds": 2.0}, {"seconds": 4.0}]
+    assert ratios(ours, theirs, "seconds") == [0.5, 0.5]
+    assert summary([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "values": [3.0, 1.0, 2.0]}
+    assert spread([3.0, 1.0, 2.0], 1) == "2.0 (1.0-3.0)" and spread([1234.0], 0) == "1,234"
