@@ -40,9 +40,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "olmo2": _SIZES,
     "gpt2": {"n_embd": 64, "n_head": 2, "scale_attn_weights": True},  # vLLM always scales
     "gpt_neox": {"hidden_size": 64, "num_attention_heads": 2},
+    "mixtral": {**_SIZES, "intermediate_size": 32},
+    "qwen2_moe": {**_SIZES, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {**_SIZES, "head_dim": 32, "moe_intermediate_size": 32},
 }
-
-
 OFTEN = ["gemma3", "gpt2"]  # each engine takes seconds
 
 
