@@ -53,6 +53,7 @@ def _engine(
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=model.get("virtual_pipeline_model_parallel_size"),
         context_parallel_size=model.get("context_parallel_size", 1),
+        expert_model_parallel_size=model.get("expert_model_parallel_size", 1),
         seed=1,
     )
     config = ModelConfig(
