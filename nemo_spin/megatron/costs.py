@@ -163,7 +163,7 @@ def training_memory(
     data-parallel buffer); float32 main weights under bf16; one number of state under RMSProp, two
     under Adam. The distributed optimizer spreads the last two over the d c replicas of a weight.
     """
-    held = stage_parameters(shape, layout, numerics, stage=stage)
+    held, on_gpu = stage_parameters(shape, layout, numerics, stage=stage), 1 - numerics.offloaded
     shards = layout.data * layout.context if layout.distributed_optimizer else 1
     expert_shards = layout.expert_data if layout.distributed_optimizer else 1
     owned = held.dense / shards + held.expert / expert_shards
@@ -173,8 +173,8 @@ def training_memory(
     return Memory(
         parameters=held.total * numerics.bytes_per_number,
         gradients=held.total * _MAIN,
-        main_weights=owned * _MAIN if numerics.bytes_per_number < _MAIN else 0.0,
-        optimizer_state=owned * _MAIN * _OPTIMIZER_NUMBERS[numerics.optimizer],
+        main_weights=owned * on_gpu * _MAIN if numerics.bytes_per_number < _MAIN else 0.0,
+        optimizer_state=owned * on_gpu * _MAIN * _OPTIMIZER_NUMBERS[numerics.optimizer],
         activations=kept,
         head_and_loss=head_bytes(shape, layout, work, numerics) if stage == layout.pipeline - 1 else 0.0,
         temporaries=_backward_temporaries(shape, layout, work, numerics),
@@ -204,6 +204,14 @@ def _stage_activation_bytes(
     together = layout.recompute_num_layers if layout.recompute_method == "uniform" else 1
     inputs = again / together
     return inputs * kept + (layers - again) * whole, max(0.0, min(together, again) - (layers - again)) * whole
+
+
+def offloaded_bytes(
+    shape: ModelShape, layout: ParallelLayout, work: Work, numerics: Numerics, *, stage: int
+) -> float:
+    """What a rank in training takes of the host's memory: offloaded main weights, state and gradients."""
+    whole = training_memory(shape, layout, work, replace(numerics, offloaded=0.0), stage=stage)
+    return numerics.offloaded * (2 * whole.main_weights + whole.optimizer_state)
 
 
 def scoring_memory(

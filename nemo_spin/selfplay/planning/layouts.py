@@ -139,7 +139,7 @@ def configured(shape: ModelShape, request: Request) -> ParallelLayout | None:
     if request.cluster.world_size % replica or not _divides(shape, request, tensor) or spread is None:
         return None
     data = request.cluster.world_size // replica
-    sharded = model.use_distributed_optimizer
+    sharded, needs_shards = model.use_distributed_optimizer, data * context > 1 or model.optimizer_cpu_offload
     return ParallelLayout(
         tensor=tensor,
         pipeline=pipeline,
@@ -148,7 +148,7 @@ def configured(shape: ModelShape, request: Request) -> ParallelLayout | None:
         virtual=virtual,
         sequence_parallel=model.sequence_parallel,
         recompute=model.recompute_granularity or "none",
-        distributed_optimizer=data * context > 1 if sharded is None else sharded,
+        distributed_optimizer=needs_shards if sharded is None else sharded,
         layers=spread,
         **_recomputation(model, model.recompute_granularity),
     )
@@ -203,6 +203,8 @@ def _layouts(shape: ModelShape, request: Request) -> Iterator[ParallelLayout]:
                 continue
             data = world // replica
             sharded = (True, False) if data * context > 1 else (False,)
+            if request.numerics.offloaded:  # Megatron offloads the distributed optimizer's state alone
+                sharded = (True,)
             for expert, recompute, shard, sequence in product(
                 _expert_sizes(shape, world // pipeline), _RECOMPUTE, sharded, {tensor > 1, False}
             ):

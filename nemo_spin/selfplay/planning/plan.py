@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from nemo_spin.config.mistakes import Mistake
 from nemo_spin.errors import ConfigError, explain
-from nemo_spin.megatron.costs import GIB, Memory, scoring_memory, usable_bytes
+from nemo_spin.megatron.costs import GIB, Memory, offloaded_bytes, scoring_memory, usable_bytes
 from nemo_spin.selfplay.displays import duration
 from nemo_spin.selfplay.planning.layouts import (
     Candidate,
@@ -225,7 +225,7 @@ def _sampler_does_not_fit(request: Request) -> ConfigError:
 
 def _notes(plan: Plan) -> list[str]:
     request = plan.request
-    found = [_about_batches(plan), _about_checkpoints(plan), _about_faster(plan)]
+    found = [_about_batches(plan), _about_offloading(plan), _about_checkpoints(plan), _about_faster(plan)]
     if plan.model.architecture is None:
         found.append("this model can be planned for, but not trained yet: the bridge has no table for it")
     if request.work.packing != "none" and request.work.longest_unit > plan.chosen.work.micro_batch_tokens:
@@ -256,6 +256,17 @@ def _about_batches(plan: Plan) -> str | None:
         f"{waiting:.0%} of a step is waiting for other stages and reducing gradients, as "
         f"{plan.chosen.work.microbatches(layout.data)} microbatches of a replica are few; a larger "
         "model.global_batch_size, or fewer nodes, use the GPUs better"
+    )
+
+
+def _about_offloading(plan: Plan) -> str | None:
+    request, chosen = plan.request, plan.chosen
+    if not request.numerics.offloaded:
+        return None
+    rank = offloaded_bytes(plan.model.shape, chosen.layout, chosen.work, request.numerics, stage=chosen.stage)
+    return (
+        f"model.optimizer_cpu_offload takes {rank * request.cluster.gpus_per_node / GIB:,.0f} GiB of a "
+        "node's own memory; the CPU's share of an update, and sending it, are not in the times"
     )
 
 

@@ -116,6 +116,7 @@ def make_request(
             bytes_per_number=4 if config.trainer.precision == "32" else 2,
             optimizer=model.optim.name,
             transformer_engine=model.transformer_impl != "local",
+            offloaded=model.optimizer_offload_fraction if model.optimizer_cpu_offload else 0.0,
         ),
         work=work,
         pairs=pairs,

@@ -16,6 +16,7 @@ from nemo_spin.megatron.costs import (
     generation_seconds,
     layer_activation_bytes,
     microbatches_in_flight,
+    offloaded_bytes,
     parameter_count,
     ring_seconds,
     sampler_memory,
@@ -86,6 +87,17 @@ def test_bytes_of_a_weight() -> None:
     memory = training_memory(LLAMA_3_8B, sharded, WORK, BF16, stage=0)
     assert memory.gradients == 4 * number
     assert memory.main_weights + memory.optimizer_state == 12 * number / 8
+
+
+def test_what_is_offloaded_moves_to_the_host() -> None:
+    """Of 12 bytes of main weight and Adam a quarter; in the host's memory with 4 of a gradient."""
+    number, one = parameter_count(LLAMA_3_8B), ParallelLayout()
+    some = replace(BF16, offloaded=0.25)
+    memory = training_memory(LLAMA_3_8B, one, WORK, some, stage=0)
+    assert (memory.main_weights, memory.optimizer_state) == (3 * number, 6 * number)
+    assert (memory.parameters, memory.gradients) == (2 * number, 4 * number)
+    assert offloaded_bytes(LLAMA_3_8B, one, WORK, some, stage=0) == (1 + 2 + 1) * number
+    assert offloaded_bytes(LLAMA_3_8B, one, WORK, BF16, stage=0) == 0
 
 
 def test_a_rank_of_70b_at_8_by_4() -> None:

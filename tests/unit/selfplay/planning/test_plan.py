@@ -58,6 +58,19 @@ def test_what_is_recommended_is_valid_and_fits(
     assert pasted.model.use_distributed_optimizer is plan.chosen.layout.distributed_optimizer
 
 
+def test_offloading_makes_room_and_shards_even_one_replica(tmp_path: Path) -> None:
+    """One GPU of 79 GiB: 18 bytes of a weight are too much for 8B of them, 6 are not."""
+    alone: dict[str, Any] = {"nodes": 1, "gpus_per_node": 1}
+    with pytest.raises(ConfigError):
+        planned(tmp_path, models.LLAMA_3_8B, ADAM, **alone)
+    offload = (ADAM, "model.optimizer_cpu_offload=true")
+    _, plan = planned(tmp_path, models.LLAMA_3_8B, *offload, **alone)
+    assert plan.chosen.layout.distributed_optimizer
+    assert plan.chosen.memory.main_weights == plan.chosen.memory.optimizer_state == 0
+    assert any("120 GiB of a node's own memory" in note for note in plan.notes), plan.notes
+    assert find_mistakes(load_config(None, [*offload, *plan.overrides]), command=None) == []
+
+
 def test_pasting_what_is_recommended_gives_the_same_plan(tmp_path: Path) -> None:
     _, plan = planned(tmp_path, models.LLAMA_3_8B, ADAM)
     _, again = planned(tmp_path, models.LLAMA_3_8B, ADAM, *plan.overrides)
