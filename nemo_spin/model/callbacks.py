@@ -36,8 +36,8 @@ class SaveCheckpoints(Callback):
         self._preemption = preemption
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Requests to leave are noticed from here on, those that came before too."""
-        self._preemption.take_over()
+        """Requests to leave count from here on, those that came before too."""
+        self._preemption.take_over(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         """All ranks save together; if some rank was told to leave, all stop after this step."""

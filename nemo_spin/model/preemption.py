@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 import torch
+from lightning.pytorch import Trainer
 from torch import distributed
 
 from nemo_spin.megatron.runtime import Runtime
@@ -32,25 +33,27 @@ class Preemption:
 
     @contextlib.contextmanager
     def noticed(self) -> Iterator[None]:
-        """Inside the block SIGTERM and SIGUSR1 are remembered and do nothing else.
-
-        They wait until `take_over`: Lightning's own handler, which it sets when a training is
-        set up, would end each rank at a step of its own.
-        """
+        """Inside the block SIGTERM and SIGUSR1 are remembered and do nothing else."""
         before = {number: signal.getsignal(number) for number in _SIGNALS}
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        self._handle()
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
-    def take_over(self) -> None:
-        """Becomes the handler, and gets the signals that wait."""
+    def take_over(self, trainer: Trainer) -> None:
+        """Puts Lightning's own handler aside, which would end each rank at a step of its own.
+
+        Lightning sets it while a training is set up; it calls the one before as well, so
+        what came in the meantime is remembered here, and has to be forgotten there.
+        """
+        trainer._signal_connector.received_sigterm = False
+        self._handle()
+
+    def _handle(self) -> None:
         for number in _SIGNALS:
             signal.signal(number, self._remember)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def agreed(self) -> bool:
         """Whether it is time to save and end, the same on all ranks. All ranks must call."""

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -102,9 +103,26 @@ def _leave_after_step_3(done: int, total: int, unit: str, **values: Any) -> None
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _fit_told_while_set_up(*arguments: Any) -> dict[str, Any]:
+    """Lightning's own handler is in place by then; it would raise in the rank that was told."""
+    from nemo_spin.model.spin_model import MegatronGPTSPINModel
+
+    configure = MegatronGPTSPINModel.configure_model
+
+    def told(model: MegatronGPTSPINModel) -> None:
+        configure(model)
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch.object(MegatronGPTSPINModel, "configure_model", told):
+        return _fit(*arguments)
+
+
 def test_ranks_leave_together_after_a_step_and_go_on_from_it(trained: Path, tmp_path: Path) -> None:
     arguments = (trained / "model", trained / "scored", tmp_path / "run", 1, 1, None)
     in_background = {"async_save": True, "save_interval": 1}
+    left = run_ranks(_fit_told_while_set_up, 2, *arguments, in_background)
+    assert left["preempted"] == f"saved after step 1 of {STEPS}; the same command goes on from there"
     left = run_ranks(_fit, 2, *arguments, in_background, _leave_after_step_3)
     assert left["preempted"] == f"saved after step 3 of {STEPS}; the same command goes on from there"
     checkpoints = tmp_path / "run" / "train" / "checkpoints"
