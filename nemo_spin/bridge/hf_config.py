@@ -116,7 +116,10 @@ def read_architecture(hf_dir: Path, config: Mapping[str, Any], family: Family) -
 
 
 def _check_expressible(values: Mapping[str, Any], family: Family) -> None:
-    refused = {key: (False, None) for name, key in _BIASES.items() if name not in family.optional}
+    refused: dict[str, tuple[Any, ...]] = {
+        key: (False, None) for name, key in _BIASES.items() if name not in family.optional
+    }
+    refused["model_type"] = (family.name, f"{family.name}_text", None)  # by it others choose their classes
     for key, allowed in {**_REFUSED, **refused, **family.allowed}.items():
         if key in values:
             choice(values, key, allowed)

@@ -297,6 +297,7 @@ def test_each_layer_has_its_window(
         ),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"model_type": "mistral"}, "model_type"),
         ({"compression_config": {"quant_method": "compressed-tensors"}}, "compression_config"),
         ({"speculators_config": {"verifier": {"name_or_path": "/elsewhere"}}}, "speculators_config"),
         ({"partial_rotary_factor": 0.4}, "partial_rotary_factor"),
