@@ -48,6 +48,7 @@ KINDS = [
     ColumnParallel("fc", ("hf.fc",), ("ffn_hidden_size", "hidden_size")),
     ColumnParallel("fc.bias", ("hf.fc.bias",), ("ffn_hidden_size",)),
     ColumnParallel("fc1", ("hf.gate", "hf.up"), ("ffn_hidden_size", "hidden_size")),
+    ColumnParallel("fc1.bias", ("hf.gate.bias", "hf.up.bias"), ("ffn_hidden_size",)),
     RowParallel("proj", "hf.proj", ("hidden_size", "query_size")),
     QueryKeyValue("qkv", "hf.q", "hf.k", "hf.v", ("hidden_size",)),
     QueryKeyValue("qkv.bias", "hf.q.bias", "hf.k.bias", "hf.v.bias"),
@@ -197,8 +198,8 @@ def test_layers_are_numbered_in_all_names() -> None:
     ("mapping", "named"),
     [
         (KINDS[2], "ffn_hidden_size has 8"),
-        (KINDS[5], "query_size has 16"),
-        (KINDS[6], "key/value heads has 4"),
+        (KINDS[6], "query_size has 16"),
+        (KINDS[7], "key/value heads has 4"),
     ],
     ids=["column", "row", "qkv"],
 )

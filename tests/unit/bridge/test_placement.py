@@ -1,5 +1,7 @@
 """Names, blocks and bits; where parameters really go is shown by `tests/distributed/bridge`."""
 
+import dataclasses
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +11,8 @@ import torch
 from torch import nn
 
 from nemo_spin.bridge import placement
-from nemo_spin.bridge.families import families
-from nemo_spin.bridge.mappings import Piece
+from nemo_spin.bridge.families import families, family_of
+from nemo_spin.bridge.mappings import Mapping, Piece, Share
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture
 
@@ -71,6 +73,66 @@ def test_chunks_of_an_interleaved_stage_have_the_numbers_of_their_own_layers() -
         "decoder.layers.1.mlp.linear_fc2.weight",
         "decoder.layers.3.mlp.linear_fc2.weight",
     ]
+
+
+def _holding(parameters: dict[str, nn.Parameter]) -> _Holder:
+    """A module with parameters of these dotted names."""
+    root = _Holder()
+    for name, parameter in parameters.items():
+        *path, last = name.split(".")
+        module: nn.Module = root
+        for part in path:
+            if not hasattr(module, part):
+                setattr(module, part, _Holder())
+            module = getattr(module, part)
+        setattr(module, last, parameter)
+    return root
+
+
+def _chunk(architecture: Architecture, layers: list[int], *, first: bool, last: bool) -> nn.Module:
+    """A pipeline chunk of a real model's parameters, with these layers (from 0); one rank holds all of it."""
+    family, share = family_of(architecture), Share(0, 1)
+
+    def held(mappings: Iterable[Mapping]) -> dict[str, nn.Parameter]:
+        rows = architecture.vocab_size
+        return {m.megatron: _weight(*m.local_shape(architecture, share, rows)) for m in mappings}
+
+    ends = [family.embedding] if first else []
+    if last:  # of tied embeddings it has a copy
+        ends += [*family.final, family.output_layer]
+    chunk = _holding(held(ends))
+    stacked = nn.ModuleList()
+    for layer in layers:
+        parameters = held(family.layer_mappings(architecture))
+        named = {name.removeprefix("decoder.layers.{layer}."): weight for name, weight in parameters.items()}
+        stacked.append(_holding(named))
+        stacked[-1].layer_number = layer + 1
+    if not hasattr(chunk, "decoder"):
+        chunk.decoder = _Holder()
+    chunk.decoder.layers = stacked
+    return chunk
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "stages",
+    [[[[0, 1, 2, 3]]], [[[0, 1]], [[2, 3]]], [[[0]], [[1, 2, 3]]], [[[0], [2]], [[1], [3]]]],
+    ids=["one", "two", "uneven", "interleaved"],
+)
+def test_what_stages_write_covers_every_tensor_once(stages: list[list[list[int]]], tied: bool) -> None:
+    architecture = dataclasses.replace(ARCHITECTURE, tie_word_embeddings=tied, qkv_bias=True)
+    last = max(layer for chunks in stages for layers in chunks for layer in layers)
+    written = {
+        name: np.zeros(shape, int)
+        for name, shape in family_of(architecture).stored_shapes(architecture).items()
+    }
+    for chunks in stages:
+        held = [_chunk(architecture, layers, first=0 in layers, last=last in layers) for layers in chunks]
+        for placed in placement.place(held, architecture):
+            for piece in placed.pieces:
+                area = tuple(slice(*bounds) for bounds in piece.stored)
+                written[piece.tensor][area] += placed.is_writer
+    assert all((times == 1).all() for times in written.values())
 
 
 def test_norms_inside_transformer_engines_layers_are_found() -> None:
