@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_spin.data.files import read_manifest
+from nemo_spin.data.files import read_manifest, verify_manifest
 from tests.functional.commands import VLLM_PYTHON, nemo_spin, start, write_config
 from tests.functional.conftest import TinyData
 
@@ -117,12 +117,22 @@ def wait_until_stage_runs(command: subprocess.Popen[str], run_dir: Path, stage: 
     assert command.poll() is None, command.communicate()
 
 
-def test_everything_is_there_and_done_again_within_seconds(config: Path, finished: Path) -> None:
+def test_everything_is_there_and_done_again_within_seconds(
+    config: Path, finished: Path, tiny_model: Path
+) -> None:
     for name in ("config.yaml", "state.json", "iter_00/evaluation.json", "iter_00/metrics.jsonl"):
         assert (finished / name).stat().st_size > 0
     steps = [json.loads(line) for line in (finished / "iter_00" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if line["split"] == "train"] == list(range(6))
-    card = (finished / "iter_00" / "model" / "README.md").read_text()
+    exported = finished / "iter_00" / "model"
+    manifest = read_manifest(exported)
+    assert manifest is not None
+    verify_manifest(exported, manifest)
+    assert {path.name for path in exported.iterdir()} == {*manifest.files, "manifest.json"}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= manifest.files.keys()
+    for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (exported / name).read_bytes() == (tiny_model / name).read_bytes()
+    card = (exported / "README.md").read_text()
     for line in (
         "iteration | 0",
         "spin.beta | 0.1",
