@@ -229,19 +229,22 @@ def test_killed_in_every_stage_it_ends_with_the_same_bytes(config: Path, finishe
     assert not list(run_dir.rglob("*.partial")), "what killed writers left behind is removed"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("stage", "number", "code"),
+    [("score", signal.SIGINT, 130), ("generate", signal.SIGUSR1, 75), ("export", signal.SIGTERM, 75)],
+)
 def test_a_stop_ends_the_children(
-    config: Path, finished: Path, tmp_path: Path, number: signal.Signals, code: int
+    config: Path, finished: Path, tmp_path: Path, *, stage: str, number: signal.Signals, code: int
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir, symlinks=True)
-    for name in ("scored", "train", "model", "evaluation"):
-        shutil.rmtree(run_dir / "iter_00" / name)
+    for name in list(STAGES)[list(STAGES).index(stage) :]:
+        shutil.rmtree(run_dir / STAGES[name])
     command = start("run", "--config", str(config), f"run_dir={run_dir}")
-    wait_until_stage_runs(command, run_dir, "score")
+    wait_until_stage_runs(command, run_dir, stage)
+    wait_for(lambda: bool(descendants(command.pid)), 60, f"{stage} starts processes")
     time.sleep(3)
     children = descendants(command.pid)
-    assert children
     began = time.monotonic()
     command.send_signal(number)
     _, errors = command.communicate(timeout=30)
@@ -250,7 +253,7 @@ def test_a_stop_ends_the_children(
     assert "Traceback" not in errors
     assert not any(map(is_running, children))
     status = nemo_spin("status", str(run_dir)).stdout
-    assert status.startswith(f"{run_dir}: interrupted in score of iteration 0")
+    assert status.startswith(f"{run_dir}: interrupted in {stage} of iteration 0")
     assert not (run_dir / "run.lock").exists()
 
 
