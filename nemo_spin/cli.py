@@ -23,9 +23,9 @@ _EXAMPLE = """\
 example:
   nemo-spin run --config my.yaml run_dir=runs/first spin.iterations=2 'spin.beta=[0.1,1.0]'
 
-Exit codes: 0 done, 1 a stage failed, 2 something in the input is wrong, 75 told to leave
-(SIGTERM or SIGUSR1 came; a training has saved), 130 interrupted. After 75 and 130 the same
-command goes on.
+Exit codes: 0 done, 1 a stage failed, 2 something in the input is wrong, 3 a guard stopped the
+loop (the best model so far is kept), 75 told to leave (SIGTERM or SIGUSR1 came; a training has
+saved), 130 interrupted. After 75 and 130 the same command goes on.
 """
 _STAGES = ("generate", "score", "train", "export", "evaluate")
 _CHECKED_FOR = ("run", "prepare", "sft", *_STAGES, "import-hf")
@@ -75,6 +75,11 @@ def stage(options: argparse.Namespace) -> None:
     config = _load(options, command=options.command)
     iteration = getattr(options, "iteration", None)
     loop.run_stage(config, options.command, iteration=iteration, launcher=LocalLauncher(), screen=Screen())
+    if getattr(options, "to", None) is not None:
+        from nemo_spin.selfplay.official import write_official
+
+        output = Path(options.output).expanduser().absolute() if options.output else None
+        print("\n".join(map(str, write_official(config, output))))
 
 
 def sft(options: argparse.Namespace) -> None:
@@ -163,7 +168,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nemo-spin {nemo_spin.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add(commands, "run", run, "everything: prepare, then generate, score, train, export, evaluate")
-    _add(commands, "prepare", stage, "demonstrations to token ids, once")
+    prepared = _add(commands, "prepare", stage, "demonstrations to token ids, once")
+    prepared.add_argument(
+        "--to", choices=("spin-parquet",), help="also write data and answers as uclaml/SPIN reads them"
+    )
+    prepared.add_argument("--output", metavar="DIR", help="of --to; default: spin-parquet in run_dir")
     _add(commands, "sft", sft, "plain fine-tuning on the demonstrations, into sft.output")
     for name, text in zip(
         _STAGES,

@@ -46,6 +46,12 @@ class GateError(NemoSpinError):
     """A numerical gate (ln 2, sampler, export) failed: going on would train on wrong numbers."""
 
 
+class GuardError(NemoSpinError):
+    """A guard stopped the loop: going on would make the model worse. What there is stays."""
+
+    exit_code = 3
+
+
 class StageError(NemoSpinError):
     """A stage's process ended without saying why; its log is named in the message."""
 
@@ -79,6 +85,7 @@ _BY_NAME = {
         CheckpointError,
         ExportError,
         GateError,
+        GuardError,
         StageError,
         PreemptedError,
     )

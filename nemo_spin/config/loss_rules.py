@@ -25,17 +25,3 @@ def loss_is_known_or_a_function(config: Config) -> list[Mistake]:
             remedy=f"did you mean `{guess}`?" if guess else "set spin.loss to one of these",
         )
     ]
-
-
-def opponent_is_not_mixed_yet(config: Config) -> list[Mistake]:
-    """Refuses alpha-SPIN's opponent until responses are scored under theta_0 too."""
-    if config.spin.opponent_mix == 0.0:
-        return []
-    return [
-        mistake(
-            "spin.opponent_mix",
-            found=config.spin.opponent_mix,
-            rule="must be 0: responses are not scored under theta_0 yet",
-            remedy="set it to 0",
-        )
-    ]

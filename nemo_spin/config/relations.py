@@ -11,7 +11,9 @@ from omegaconf import MISSING
 
 from nemo_spin.config.expert_rules import experts_divide_the_ranks
 from nemo_spin.config.fp8_rules import FP8_KEYS, fp8_has_what_it_needs
-from nemo_spin.config.loss_rules import loss_is_known_or_a_function, opponent_is_not_mixed_yet
+from nemo_spin.config.guard_rules import GUARD_KEYS, a_guard_warns_before_it_stops
+from nemo_spin.config.history_rules import HISTORY_KEYS, mixture_has_an_amount_for_each_age
+from nemo_spin.config.loss_rules import loss_is_known_or_a_function
 from nemo_spin.config.mistakes import Mistake, mistake
 from nemo_spin.config.optimizer_rules import OFFLOADING_KEYS, offloading_is_for_a_sharded_adam_on_gpus
 from nemo_spin.config.overlap_rules import OVERLAP_KEYS, overlap_has_something_to_overlap
@@ -211,6 +213,23 @@ def _several_generations_need_chance(config: Config) -> list[Mistake]:
     ]
 
 
+def _generations_come_with_official_data(config: Config) -> list[Mistake]:
+    data = config.data
+    if not data.use_generations or (data.format == "spin" and config.generation.num_generations == 1):
+        return []
+    return [
+        mistake(
+            "data.use_generations",
+            found=f"true, with data.format {data.format} and generation.num_generations "
+            f"{config.generation.num_generations}",
+            rule="the official format (`real` and `generated`) has one answer to each prompt",
+            remedy="set data.format=spin and generation.num_generations=1 (spin.per_iteration may raise it "
+            "later), or data.use_generations=false to use its prompts and sample",
+            also=("data.format", "generation.num_generations"),
+        )
+    ]
+
+
 def _name_is_a_file_name(config: Config) -> list[Mistake]:
     if re.fullmatch(r"[^/\\\0\n]+", config.name) and config.name not in (".", ".."):
         return []
@@ -303,7 +322,12 @@ RELATIONS: tuple[Relation, ...] = (
     Relation(("data.prompt_template",), _template_has_a_place_for_the_prompt),
     Relation(("generation.num_generations", "generation.temperature"), _several_generations_need_chance),
     Relation(("spin.loss",), loss_is_known_or_a_function),
-    Relation(("spin.opponent_mix",), opponent_is_not_mixed_yet),
+    Relation(GUARD_KEYS, a_guard_warns_before_it_stops),
+    Relation(HISTORY_KEYS, mixture_has_an_amount_for_each_age),
+    Relation(
+        ("data.use_generations", "data.format", "generation.num_generations"),
+        _generations_come_with_official_data,
+    ),
     Relation(("name",), _name_is_a_file_name),
     Relation(("evaluation.scorer",), _scorer_names_a_function),
     Relation(("evaluation.scorer", "evaluation.enabled", "data.heldout"), _scorer_has_prompts),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+from nemo_spin.config.schema import GuardsConfig
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ _FROM_ZERO = Range(low=0, whole=True)
 _POSITIVE = Range(above=0)
 _SHARE = Range(low=0, high=1)
 
+# The guards of `selfplay.guards`.
+GUARDS = tuple(entry.name for entry in fields(GuardsConfig) if entry.name != "window_steps")
+# Those of them that fire at low values.
+LOW_GUARDS = frozenset({"distinct_share", "eos_share"})
+
 # Keys typed `X | None` may be null besides.
 RANGES: dict[str, Range] = {
     "seed": Range(low=0, below=2**31, whole=True),
@@ -77,6 +84,8 @@ RANGES: dict[str, Range] = {
     "spin.opponent_mix": _SHARE,
     "spin.gates.ln2_tolerance": _POSITIVE,
     "spin.gates.sampler_tolerance": _POSITIVE,
+    "selfplay.guards.window_steps": _COUNT,
+    **{f"selfplay.guards.{guard}.{level}": Range(low=0) for guard in GUARDS for level in ("warn", "stop")},
     "sft.lr": _POSITIVE,
     "sft.epochs": _COUNT,
     "sft.max_steps": _COUNT,
@@ -112,14 +121,32 @@ PER_ITERATION: dict[str, Range] = {
     "spin.beta": _POSITIVE,
     "spin.lr": _POSITIVE,
     "spin.epochs": _COUNT,
+    "spin.max_steps": _COUNT,
+    "spin.num_prompts": _COUNT,
     "generation.temperature": Range(low=0),
     "generation.top_p": Range(above=0, high=1),
 }
+
+# Those of them that may be null.
+OPTIONAL_PER_ITERATION = frozenset({"spin.max_steps", "spin.num_prompts"})
+
+# What `spin.per_iteration` may change, besides all of `model.optim`.
+SAMPLING_PER_ITERATION = frozenset(
+    {
+        "generation.temperature",
+        "generation.top_p",
+        "generation.top_k",
+        "generation.max_tokens",
+        "generation.num_generations",
+        "generation.stop_token_ids",
+    }
+)
 
 # Every value of the list.
 LISTS: dict[str, Range] = {
     "model.optim.betas": Range(low=0, below=1),
     "generation.stop_token_ids": _FROM_ZERO,
+    "spin.mixture": Range(low=0),
 }
 
 # A name, or a list of such names.
@@ -133,6 +160,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "model.recompute_method": ("uniform", "block"),
     "model.optim.name": ("rmsprop", "adam"),
     "model.optim.sched.name": ("linear", "cosine", "constant"),
+    "selfplay.keep": ("best", "last"),
     "data.format": ("messages", "prompt_response", "spin"),
     "data.overlong_prompt": ("quarantine", "truncate_left"),
     "data.overlong_response": ("truncate", "quarantine"),

@@ -8,6 +8,7 @@ for each iteration; `nemo_spin.config.validate` checks them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from omegaconf import MISSING
@@ -82,7 +83,7 @@ class GatesConfig:
 
 @dataclass
 class SpinConfig:
-    """Self-play. `beta`, `lr` and `epochs` take a scalar or one value per iteration."""
+    """Self-play. Fields typed Any take one value, or a list with one for each iteration."""
 
     iterations: int = 3
     loss: str = "logistic"  # logistic | hinge | exponential | correlation | ipo | nca | PLACE:FUNCTION
@@ -94,8 +95,56 @@ class SpinConfig:
     beta: Any = 0.1
     lr: Any = 5e-7
     epochs: Any = 2
+    max_steps: Any = None  # optimizer steps to stop after, of the schedule over all epochs; null: all
+    num_prompts: Any = None  # training prompts that are answered, drawn at random; null: all
     history: int = 1  # how many earlier iterations' generations are mixed in
+    # How much of each age, its own first: a share of the prompts up to 1, or their number; null: all
+    mixture: list[float] | None = None
+    # Number of an iteration -> {dotted key: value} of what differs in it: model.optim.*, sampling
+    per_iteration: dict[str, Any] = field(default_factory=dict)
     gates: GatesConfig = field(default_factory=GatesConfig)
+
+
+@dataclass
+class Thresholds:
+    """When a guard warns and when it ends the loop; null: never."""
+
+    warn: float | None = None
+    stop: float | None = None
+
+
+@dataclass
+class GuardsConfig:
+    """What is watched; `selfplay/guards.py` says what each number is."""
+
+    window_steps: int = 10
+    # Over steps, as means of the last `window_steps`
+    # of real log-probabilities below the opponent's, nats per token
+    real_fall: Thresholds = field(default_factory=partial(Thresholds, 0.01, 0.5))
+    margin_saturated: Thresholds = field(default_factory=partial(Thresholds, 10.0))  # mean margin
+    # Over the answers of an opponent
+    empty_share: Thresholds = field(default_factory=partial(Thresholds, 0.02, 0.9))  # of the answers
+    repetitive_share: Thresholds = field(default_factory=partial(Thresholds, 0.1))  # mostly repetition
+    duplicate_share: Thresholds = field(default_factory=partial(Thresholds, 0.5))  # of another sample
+    distinct_share: Thresholds = field(default_factory=partial(Thresholds, 0.2))  # or fewer different ones
+    cut_share: Thresholds = field(default_factory=partial(Thresholds, 0.5))  # by generation.max_tokens
+    eos_share: Thresholds = field(default_factory=partial(Thresholds, 0.5))  # or fewer that end
+    length_drift: Thresholds = field(default_factory=partial(Thresholds, 2.0))  # factor from real lengths
+    equal_share: Thresholds = field(default_factory=partial(Thresholds, 0.8, 0.98))  # the demonstration
+    equal_fall: Thresholds = field(default_factory=partial(Thresholds, 0.05))  # of that share
+    # Over a scoring, a training and an evaluation
+    sampler_difference: Thresholds = field(default_factory=partial(Thresholds, 0.1))  # nats per token
+    heldout_fall: Thresholds = field(default_factory=partial(Thresholds, 0.01, 0.5))  # as real_fall
+    score_drop: Thresholds = field(default_factory=partial(Thresholds, 0.02, 0.2))  # relative
+
+
+@dataclass
+class SelfplayConfig:
+    """When the loop ends before its time, and which model it keeps."""
+
+    stop: bool = True  # false: guards only warn (not-a-number always stops)
+    keep: str = "best"  # best (by held-out score, else held-out real log-probability) | last
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
 
 
 @dataclass
@@ -128,6 +177,7 @@ class DataConfig:
     subset: str | None = None  # configuration name of a hub dataset
     revision: str | None = None  # branch, tag or commit of a hub dataset; null: the newest
     format: str = "messages"  # messages | prompt_response | spin
+    use_generations: bool = False  # spin: iteration 0 takes the data's `generated` answers, and samples none
     messages_column: str = "messages"
     prompt_column: str = "prompt"
     response_column: str = "response"
@@ -232,6 +282,7 @@ class Config:
     seed: int = 1234
     model: ModelConfig = field(default_factory=ModelConfig)
     spin: SpinConfig = field(default_factory=SpinConfig)
+    selfplay: SelfplayConfig = field(default_factory=SelfplayConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -66,7 +66,7 @@ def build(
         The configuration (with the default where a value is mistaken) and the mistakes.
     """
     builder = _Builder(origins or {})
-    return builder.section(Config, values, ""), builder.mistakes
+    return builder.section(Config(), values, ""), builder.mistakes
 
 
 class _Builder:
@@ -74,15 +74,16 @@ class _Builder:
         self.mistakes: list[Mistake] = []
         self._origins = origins
 
-    def section(self, section: type, values: Any, key: str) -> Any:
-        """An instance of the dataclass `section`; wrong values are left at their defaults."""
+    def section(self, default: Any, values: Any, key: str) -> Any:
+        """The dataclass instance `default` with what `values` gives; wrong values are left as they are."""
+        section = type(default)
         if values is None or values == MISSING:  # an empty section of a YAML file
-            return section()
+            return default
         if not isinstance(values, Mapping):
             self._wrong(
                 key, values, f"is a section, with the keys {', '.join(fields_of(section))}", _NO_DEFAULT
             )
-            return section()
+            return default
         hints = fields_of(section)
         given = {}
         for name, value in values.items():
@@ -90,13 +91,13 @@ class _Builder:
             if name not in hints:
                 self._unknown(path, str(name), section, key)
             elif dataclasses.is_dataclass(hints[name]):
-                given[name] = self.section(typing.cast(type, hints[name]), value, path)
+                given[name] = self.section(getattr(default, name), value, path)
             else:
                 try:
                     given[name] = _convert(value, hints[name])
                 except _WrongTypeError:
-                    self._wrong(path, value, f"must be {describe(hints[name])}", getattr(section(), name))
-        return section(**given)
+                    self._wrong(path, value, f"must be {describe(hints[name])}", getattr(default, name))
+        return dataclasses.replace(default, **given)
 
     def _wrong(self, key: str, value: Any, rule: str, default: Any) -> None:
         if isinstance(value, Unresolved):

@@ -7,12 +7,24 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from nemo_spin.config.iterations import with_changes
 from nemo_spin.config.mistakes import Mistake, mistake, mistaken_keys, nearest, raise_together, touches
 from nemo_spin.config.pipeline_rules import layers_fit
 from nemo_spin.config.recompute_rules import recomputation_fits
 from nemo_spin.config.relations import RELATIONS
-from nemo_spin.config.rules import LISTS, NAMES, PER_ITERATION, RANGES, REQUIRED, TEXTS, Range
+from nemo_spin.config.rules import (
+    LISTS,
+    NAMES,
+    OPTIONAL_PER_ITERATION,
+    PER_ITERATION,
+    RANGES,
+    REQUIRED,
+    SAMPLING_PER_ITERATION,
+    TEXTS,
+    Range,
+)
 from nemo_spin.config.schema import Config
+from nemo_spin.config.typed import leaf_types
 
 
 def validate(config: Config, *, command: str | None) -> None:
@@ -38,6 +50,7 @@ def find_mistakes(config: Config, *, command: str | None) -> list[Mistake]:
         *_texts(config),
         *_lists(config),
         *_per_iteration(config),
+        *_changes(config),
     ]
     mistaken = mistaken_keys(mistakes)
     for relation in RELATIONS:
@@ -207,7 +220,7 @@ def _texts(config: Config) -> Iterator[Mistake]:
 
 def _lists(config: Config) -> Iterator[Mistake]:
     for key, allowed in LISTS.items():
-        for value in _value_at(config, key):
+        for value in _value_at(config, key) or ():
             if not allowed.holds(value):
                 yield _out_of_range(key, f"{value} in {_value_at(config, key)}", allowed)
 
@@ -217,12 +230,13 @@ def _per_iteration(config: Config) -> Iterator[Mistake]:
     for key, allowed in PER_ITERATION.items():
         value = _value_at(config, key)
         wanted = f"{allowed}, or a list with one such value for each iteration"
+        optional = key in OPTIONAL_PER_ITERATION
         if not isinstance(value, list):
-            if not allowed.holds(value):
+            if not (allowed.holds(value) or (optional and value is None)):
                 yield mistake(key, found=repr(value), rule=f"must be {wanted}", remedy=f"change {key}")
             continue
         for position, entry in enumerate(value):
-            if not allowed.holds(entry):
+            if not (allowed.holds(entry) or (optional and entry is None)):
                 yield mistake(
                     key,
                     found=f"{entry!r} in iteration {position} of {value}",
@@ -237,3 +251,38 @@ def _per_iteration(config: Config) -> Iterator[Mistake]:
                 remedy=f"give {iterations} values, or set spin.iterations to {max(1, len(value))}",
                 also=("spin.iterations",),
             )
+
+
+def _changes(config: Config) -> Iterator[Mistake]:
+    """Of `spin.per_iteration`: which iterations, which keys, and the rules of what they come to."""
+    for number, changes in config.spin.per_iteration.items():
+        found = _unusable_changes(config, number, changes)
+        if found is not None:
+            yield mistake(
+                "spin.per_iteration",
+                found=found,
+                rule="the number of an iteration, and a mapping from dotted keys below model.optim or of "
+                f"sampling ({', '.join(sorted(SAMPLING_PER_ITERATION))}) to what they are in it",
+                remedy="such as {1: {model.optim.weight_decay: 0.1, generation.top_k: 50}}",
+                also=("spin.iterations",),
+            )
+            continue
+        changed, mistakes = with_changes(config, changes)
+        before = {entry.text for entry in find_mistakes(with_changes(config, {})[0], command=None)}
+        for entry in [*mistakes, *find_mistakes(changed, command=None)]:
+            if entry.text not in before:
+                keys = ("spin.per_iteration", *entry.keys)
+                yield Mistake(keys, f"spin.per_iteration, iteration {number}: {entry.text}")
+
+
+def _unusable_changes(config: Config, number: str, changes: Any) -> str | None:
+    if not number.isdecimal() or int(number) >= config.spin.iterations:
+        return f"{number!r} is no iteration: there are {config.spin.iterations}, counted from 0"
+    if not isinstance(changes, dict):
+        return f"{changes!r} at {number}"
+    for key in changes:
+        if key not in leaf_types() or not (key.startswith("model.optim.") or key in SAMPLING_PER_ITERATION):
+            return f"{key!r} at {number}"
+    if config.model.optim.carry_over and "model.optim.name" in changes:
+        return f"model.optim.name at {number}, and model.optim.carry_over takes over its state"
+    return None

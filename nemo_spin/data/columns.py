@@ -20,6 +20,9 @@ PREPARED = pa.schema(
     ]
 )
 
+# With the answers that came with the demonstrations (`data.use_generations`).
+PREPARED_GIVEN = pa.schema([*PREPARED, ("given_ids", TOKEN_IDS)])
+
 QUARANTINED = pa.schema(
     [("id", pa.string()), ("row", pa.int64()), ("split", pa.string()), ("reason", pa.string())]
 )

@@ -25,8 +25,8 @@ class Units:
     columns has a unit per row.
 
     Args:
-        table: Columns `prompt_ids`, `real_ids` and, for pairs, `generated_ids` and the
-            opponent's log-probabilities.
+        table: Columns `prompt_ids`, `real_ids` and, for pairs, `generated_ids`, the opponent's
+            log-probabilities and, where they are needed, theta_0's (`pairs.with_base`).
         responses: `PAIRS`, or `REAL_ONLY` for plain fine-tuning.
     """
 
@@ -37,9 +37,8 @@ class Units:
         self._real = _ListColumn(table["real_ids"])
         self._generated = _ListColumn(table["generated_ids"]) if "generated_ids" in responses else None
         kinds = ("real", "generated") if self._generated else ("real",)
-        names = [f"opponent_{kind}_logps" for kind in kinds]
-        scored = all(name in table.column_names for name in names)
-        self._opponent = [table[name].to_numpy() for name in names] if scored else None
+        self._opponent = _logps(table, [f"opponent_{kind}_logps" for kind in kinds])
+        self._base = _logps(table, [f"base_{kind}_logps" for kind in kinds])
 
     @property
     def num_units(self) -> int:
@@ -63,12 +62,19 @@ class Units:
 
     def opponent_logps(self, unit: int) -> list[float]:
         """The opponent's sums for `responses(unit)`; zeros where the table is not scored."""
-        if self._opponent is None:
+        return self._of_responses(self._opponent, unit)
+
+    def base_logps(self, unit: int) -> list[float]:
+        """theta_0's sums for `responses(unit)`; the opponent's where the table does not have them."""
+        return self._of_responses(self._opponent if self._base is None else self._base, unit)
+
+    def _of_responses(self, columns: list[np.ndarray] | None, unit: int) -> list[float]:
+        if columns is None:
             return [0.0] * len(self.responses(unit))
-        real = float(self._opponent[0][self._first_rows[unit]])
+        real = float(columns[0][self._first_rows[unit]])
         if self._generated is None:
             return [real]
-        return [real, *(float(self._opponent[1][row]) for row in self.rows(unit))]
+        return [real, *(float(columns[1][row]) for row in self.rows(unit))]
 
     def token_counts(self) -> np.ndarray:
         """[units, 3] int64: tokens of the prompt, of all responses, and number of responses."""
@@ -107,6 +113,11 @@ class _ListColumn:
     def lengths(self) -> np.ndarray:
         lengths: np.ndarray = np.diff(self._offsets).astype(np.int64)
         return lengths
+
+
+def _logps(table: pa.Table, names: Sequence[str]) -> list[np.ndarray] | None:
+    known = all(name in table.column_names for name in names)
+    return [table[name].to_numpy() for name in names] if known else None
 
 
 def _causal(lengths: np.ndarray, prefixes: np.ndarray | int = 0) -> np.ndarray:

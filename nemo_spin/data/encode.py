@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from nemo_spin.config.schema import DataConfig
-from nemo_spin.data.columns import PREPARED
+from nemo_spin.data.columns import PREPARED, PREPARED_GIVEN
 from nemo_spin.data.rows import (
     NOT_JSON,
     NOT_UTF8,
@@ -24,6 +24,7 @@ from nemo_spin.data.rows import (
     RefusedError,
     content_hash,
     conversation_of,
+    given_conversation,
     row_id,
 )
 from nemo_spin.data.sources import Piece
@@ -69,22 +70,29 @@ def encode_piece(piece: Piece, template: Template, config: DataConfig) -> Encode
     numbers: list[int] = []
     ids: list[str] = []
     conversations: list[list[Message]] = []
-    for number, row in _rows(piece):
+    given: list[list[Message]] = []
+    for number, row in rows_of(piece):
         name = None
         try:
             if isinstance(row, RefusedError):
                 raise row
             messages = conversation_of(row, config)
             name = row_id(row, messages, config)
+            answer = given_conversation(row, messages) if config.use_generations else messages
         except RefusedError as refusal:
             refused.append(Refusal(_quarantine_id(row, number), number, refusal.reason, str(refusal)))
             continue
         numbers.append(number)
         ids.append(name)
         conversations.append(messages)
-    columns: dict[str, list[Any]] = {name: [] for name in PREPARED.names}
-    result = EncodedPiece(pa.RecordBatch.from_pylist([], PREPARED), refused)
-    for number, name, encoded in zip(numbers, ids, template.encode(conversations), strict=True):
+        given.append(answer)
+    schema = schema_of(config)
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+    result = EncodedPiece(pa.RecordBatch.from_pylist([], schema), refused)
+    answers = _given_ids(given, template, config) if config.use_generations else [[]] * len(given)
+    for number, name, encoded, answer_ids in zip(
+        numbers, ids, template.encode(conversations), answers, strict=True
+    ):
         try:
             fitted = _fit(encoded, template, config)
         except RefusedError as refusal:
@@ -93,12 +101,26 @@ def encode_piece(piece: Piece, template: Template, config: DataConfig) -> Encode
         assert isinstance(encoded, Encoded), "a refusal was raised"
         result.num_cut_prompts += len(fitted.prompt_ids) < len(encoded.prompt_ids)
         result.num_cut_responses += len(fitted.real_ids) < len(encoded.real_ids)
-        values = (name, fitted.prompt_ids, fitted.real_ids, fitted.prompt_text, fitted.real_text)
-        for column, value in zip(PREPARED.names, values, strict=True):
+        values = (name, fitted.prompt_ids, fitted.real_ids, fitted.prompt_text, fitted.real_text, answer_ids)
+        for column, value in zip(schema.names, values, strict=False):  # answers are the last column, if any
             columns[column].append(value)
     refused.sort(key=lambda refusal: refusal.row)
-    result.batch = pa.RecordBatch.from_pydict(columns, PREPARED)
+    result.batch = pa.RecordBatch.from_pydict(columns, schema)
     return result
+
+
+def schema_of(config: DataConfig) -> pa.Schema:
+    """The columns of prepared rows."""
+    return PREPARED_GIVEN if config.use_generations else PREPARED
+
+
+def _given_ids(given: list[list[Message]], template: Template, config: DataConfig) -> list[list[int]]:
+    """The answers that came with the rows, cut like responses; an empty one is the end token alone."""
+    limit = config.max_response_length
+    return [
+        encoded.real_ids[:limit] if isinstance(encoded, Encoded) else [template.end_token_id]
+        for encoded in template.encode(given)
+    ]
 
 
 def _fit(encoded: Encoded | RefusedError, template: Template, config: DataConfig) -> Encoded:
@@ -120,7 +142,7 @@ def _fit(encoded: Encoded | RefusedError, template: Template, config: DataConfig
     return Encoded(prompt_ids, real_ids, prompt_text, real_text)
 
 
-def _rows(piece: Piece) -> Iterator[tuple[int, Any]]:
+def rows_of(piece: Piece) -> Iterator[tuple[int, Any]]:
     """Row number and row: a mapping, something else that was found, or why it cannot be read."""
     if piece.records is not None:
         for number, record in zip(piece.numbers, piece.records, strict=True):

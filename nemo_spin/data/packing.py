@@ -44,6 +44,7 @@ class Microbatch:
         target_responses: [tokens] int64; the response each token belongs to.
         response_tokens: [Q] int64; tokens of each response.
         opponent_logps: [Q] float64; the opponent's sums, 0 where unknown.
+        base_logps: [Q] float64; theta_0's sums (`Units.base_logps`).
         pair_real, pair_generated: [P] int64; the two responses of each pair.
         pair_units: [P] int64; the unit of each pair.
         unit_real: [U] int64; the real response of each unit.
@@ -59,6 +60,7 @@ class Microbatch:
     target_responses: Tensor
     response_tokens: Tensor
     opponent_logps: Tensor
+    base_logps: Tensor
     pair_real: Tensor
     pair_generated: Tensor
     pair_units: Tensor
@@ -199,6 +201,7 @@ class _Builder:
 
     def build(self, chosen: Sequence[int]) -> Microbatch:
         opponent: list[float] = []
+        base: list[float] = []
         pairs: list[tuple[int, int, int]] = []
         reals: list[int] = []
         for number, index in enumerate(chosen):
@@ -208,6 +211,7 @@ class _Builder:
             reals.append(real)
             pairs.extend((real, real + 1 + i, number) for i in range(len(responses) - 1))
             opponent.extend(self._units.opponent_logps(unit))
+            base.extend(self._units.base_logps(unit))
             self._add(self._units.prompt(unit), responses)
         input_ids, position_ids, segments = self._lay_out()
         real_of, generated_of, unit_of = (
@@ -224,6 +228,7 @@ class _Builder:
             ),
             response_tokens=torch.tensor([len(ids) for ids in self._targets], dtype=torch.int64),
             opponent_logps=torch.tensor(opponent, dtype=torch.float64),
+            base_logps=torch.tensor(base, dtype=torch.float64),
             pair_real=real_of,
             pair_generated=generated_of,
             pair_units=unit_of,

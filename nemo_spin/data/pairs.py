@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nemo_spin.data.columns import PREPARED, SCORED
+from nemo_spin.data.columns import PREPARED, PREPARED_GIVEN, SCORED
 from nemo_spin.errors import DataError, explain
 
 _ROW_KEY = ("iteration", "id", "sample")
@@ -22,6 +23,15 @@ def read_prepared(path: Path) -> pa.Table:
         DataError: The file is not there, or is not such a file.
     """
     return _read(path, PREPARED)
+
+
+def read_given(path: Path) -> pa.Table:
+    """The rows of a prepared split with the answers that came with them.
+
+    Raises:
+        DataError: As `read_prepared`.
+    """
+    return _read(path, PREPARED_GIVEN)
 
 
 def prepared_rows(data_dir: Path, split: str) -> pa.Table:
@@ -83,6 +93,66 @@ def training_rows(scored_dir: Path, split: str) -> pa.Table:
     table = table.take(order)
     _check_unique(table, scored_dir, split)
     return table
+
+
+def without_identical(rows: pa.Table) -> pa.Table:
+    """The rows whose two responses differ.
+
+    Raises:
+        DataError: None does.
+    """
+    keys = []
+    for name in ("real_ids", "generated_ids"):  # Arrow compares no lists
+        ids = rows[name].combine_chunks()
+        offsets, values = ids.offsets.to_numpy(), ids.values.to_numpy(zero_copy_only=False)
+        keys.append([values[begin:end].tobytes() for begin, end in itertools.pairwise(offsets)])
+    differ = [real != generated for real, generated in zip(*keys, strict=True)]
+    if rows.num_rows and not any(differ):
+        raise DataError(
+            explain(
+                f"all {rows.num_rows} training pairs",
+                found="are a demonstration and the very same answer",
+                rule="pairs of different responses are learnt from",
+                remedy="nothing is left to learn from these prompts: stop, or use other demonstrations",
+            )
+        )
+    return rows.filter(pa.array(differ, pa.bool_()))
+
+
+def with_base(rows: pa.Table, directories: Sequence[Path], split: str) -> pa.Table:
+    """Adds theta_0's log-probabilities: columns `base_real_logps` and `base_generated_logps`.
+
+    Args:
+        rows: Scored rows of a split.
+        directories: Hold the same rows, and maybe others, with theta_0 as the opponent.
+        split: `train` or `heldout`.
+
+    Raises:
+        DataError: As `iter_shards`, or a row is not there.
+    """
+    base = pa.concat_tables(
+        shard for directory in directories for shard in iter_shards(directory, split, schema=SCORED)
+    )
+    found = pc.index_in(_key(rows), _key(base))
+    if found.null_count:
+        row = rows.slice(pc.index(pc.is_null(found), True).as_py(), 1).select(_ROW_KEY).to_pylist()[0]
+        raise DataError(
+            explain(
+                ", ".join(f"{directory}/{split}-*.parquet" for directory in directories),
+                found=f"the row {row} is not there",
+                rule="every row that is trained on was scored under theta_0, for spin.opponent_mix",
+                remedy="remove scored/ of the iterations that are mixed in, and start the same command again",
+            )
+        )
+    for kind in ("real", "generated"):
+        rows = rows.append_column(f"base_{kind}_logps", base[f"opponent_{kind}_logps"].take(found))
+    return rows
+
+
+def _key(rows: pa.Table) -> pa.ChunkedArray:
+    """What names a row, as one text; the id, which may hold anything, comes last."""
+    numbers = (rows[name].cast(pa.string()) for name in ("iteration", "sample"))
+    return pc.binary_join_element_wise(*numbers, rows["id"], " ")
 
 
 def _read(path: Path, schema: pa.Schema) -> pa.Table:

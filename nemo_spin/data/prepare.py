@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from nemo_spin.config.schema import DataConfig
 from nemo_spin.data.columns import PREPARED, QUARANTINED
+from nemo_spin.data.encode import schema_of
 from nemo_spin.data.files import MANIFEST_NAME, Manifest, atomic_path, remove_partials, write_manifest
 from nemo_spin.data.inputs import prepare_inputs
 from nemo_spin.data.overlong import OverlongRows, RowLimit
@@ -72,7 +73,7 @@ def prepare(
             Workers(config, tokenizer_dir=tokenizer_dir, template=template) as workers,
         ):
             for split, source in sources.items():
-                with RowWriter(paths[split], PREPARED) as writer:
+                with RowWriter(paths[split], schema_of(config)) as writer:
                     _prepare_split(
                         _first_rows(source.pieces(needed_columns(config)), config.max_rows),
                         split=split,

@@ -57,6 +57,8 @@ def needed_columns(config: DataConfig) -> list[str]:
         "prompt_response": [config.prompt_column, config.response_column],
         "spin": ["real"],
     }
+    if config.use_generations:
+        by_format["spin"].append("generated")
     return by_format[config.format] + ([config.id_column] if config.id_column else [])
 
 
@@ -81,6 +83,22 @@ def conversation_of(row: Any, config: DataConfig) -> list[Message]:
         column = "real" if config.format == "spin" else config.messages_column
         messages = _messages(_column(row, column))
     return _with_response(messages, first_round_only=config.first_round_only)
+
+
+def given_conversation(row: Mapping[str, Any], messages: Sequence[Message]) -> list[Message]:
+    """The conversation with the answer that came with it (the column `generated`) in the response's place.
+
+    Args:
+        row: A row of which `messages` are the conversation.
+        messages: Its conversation, as `conversation_of` gives it.
+
+    Raises:
+        RefusedError: There is no such answer.
+    """
+    given = _messages(_column(row, "generated"))
+    if given[-1]["role"] != "assistant":
+        raise RefusedError(NO_RESPONSE, "generated does not end with the assistant's answer")
+    return [*messages[:-1], given[-1]]
 
 
 def with_system_prompt(messages: list[Message], system_prompt: str | None) -> list[Message]:

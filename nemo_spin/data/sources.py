@@ -100,6 +100,12 @@ def open_source(spec: str, *, key: str, split: str, config: DataConfig) -> Sourc
                 remedy="convert the file, or rename it if its name is wrong",
             )
         )
+    if path.is_dir() and config.format == "spin":
+        from nemo_spin.data.official import ConcatenatedSource, official_files
+
+        files = official_files(path, split)
+        if files:
+            return ConcatenatedSource(files)
     if path.is_dir() or is_hub_id(spec):
         return DatasetsSource(spec, key=key, split=split, subset=config.subset, revision=config.revision)
     raise DataError(

@@ -8,8 +8,11 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+_RUN, _REPETITIVE_TOKENS = 4, 16
 
 
 class AnswerCounts:
@@ -23,6 +26,7 @@ class AnswerCounts:
         self._empty = 0
         self._equal = 0
         self._duplicates = 0
+        self._repetitive = 0
         self._distinct: set[bytes] = set()
         self._lengths: Counter[int] = Counter()
         self._real_lengths: Counter[int] = Counter()
@@ -44,6 +48,7 @@ class AnswerCounts:
             self._equal += generated == real
             self._duplicates += (row_id, generated) in seen
             seen.add((row_id, generated))
+            self._repetitive += is_repetitive(np.frombuffer(generated, dtype=np.int32))
             self._distinct.add(hashlib.blake2b(generated, digest_size=12).digest())
         stopped = pc.equal(table["finish_reason"], "stop")
         alone = pc.equal(pc.list_value_length(table["generated_ids"]), 1)
@@ -54,7 +59,8 @@ class AnswerCounts:
 
         `empty_share` counts answers that are nothing but the stop token, `equal_share` those
         that are the demonstration token for token, `duplicate_share` those that repeat an
-        earlier sample of the same prompt; `distinct_share` is the number of different
+        earlier sample of the same prompt; `repetitive_share` those that are mostly repetition
+        (`is_repetitive`); `distinct_share` is the number of different
         answers, whatever the prompt, against all answers.
         """
         answers = max(self._answers, 1)
@@ -71,6 +77,7 @@ class AnswerCounts:
             "empty_share": self._empty / answers,
             "equal_share": self._equal / answers,
             "duplicate_share": self._duplicates / answers,
+            "repetitive_share": self._repetitive / answers,
             "distinct_share": len(self._distinct) / answers,
         }
 
@@ -81,6 +88,14 @@ def count_answers(tables: Iterable[pa.Table]) -> dict[str, Any]:
     for table in tables:
         counts.add(table)
     return counts.summary()
+
+
+def is_repetitive(ids: np.ndarray) -> bool:
+    """Whether an answer of at least 16 tokens says half of its runs of four tokens more than once."""
+    if len(ids) < _REPETITIVE_TOKENS:
+        return False
+    runs = np.lib.stride_tricks.sliding_window_view(ids, _RUN)
+    return len(np.unique(runs, axis=0)) <= len(runs) / 2
 
 
 def _as_bytes(column: pa.ChunkedArray) -> list[bytes]:

@@ -13,8 +13,11 @@ import pyarrow.parquet as pq
 from nemo_spin.config.iterations import at_iteration
 from nemo_spin.config.schema import Config
 from nemo_spin.data.columns import GENERATED
-from nemo_spin.data.files import Manifest, read_manifest, write_manifest
+from nemo_spin.data.files import Manifest, atomic_path, read_manifest, write_manifest
+from nemo_spin.data.mixture import chosen
+from nemo_spin.data.pairs import read_prepared
 from nemo_spin.data.progress import ProgressFile
+from nemo_spin.data.row_writer import ROW_GROUP_ROWS
 from nemo_spin.errors import ConfigError, DataError, explain
 from nemo_spin.generation.counts import count_answers
 from nemo_spin.generation.engine import Sampling
@@ -29,6 +32,7 @@ from nemo_spin.generation.shards import PreparedRows, plan_shards, shard_damage
 from nemo_spin.megatron.architecture import Architecture
 
 SPLITS = ("train", "heldout")
+PROMPTS_NAME = "prompts.parquet"  # of the iteration, where it does not answer all of them
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,12 @@ def generate(
     Raises:
         NemoSpinError: The model, the prompts or the directory cannot be used; no engine was started.
     """
+    if _answers_some(config, iteration):
+        _write_prompts(config, prepared / "train.parquet", out_dir / PROMPTS_NAME, iteration)
+    passes = _passes(config, prepared, out_dir=out_dir, iteration=iteration, opponent_sha256=opponent_sha256)
     return start(
         config,
-        passes=_passes(config, prepared, iteration=iteration, opponent_sha256=opponent_sha256),
+        passes=passes,
         model_dir=model_dir,
         out_dir=out_dir,
         inputs=inputs,
@@ -126,11 +133,27 @@ def finish(
     Raises:
         DataError: A shard is missing or damaged.
     """
-    passes = _passes(config, prepared, iteration=iteration, opponent_sha256=opponent_sha256)
+    passes = _passes(config, prepared, out_dir=out_dir, iteration=iteration, opponent_sha256=opponent_sha256)
     requests = [request_of(config, plan) for plan in passes]
     counts = {request.name: count_answers(sound_tables(out_dir, request)) for request in requests}
     files = [shard.file for request in requests for shard in request.shards]
+    if _answers_some(config, iteration):
+        files.append(PROMPTS_NAME)
     return write_manifest(out_dir, stage="generate", files=files, inputs=inputs, counts=counts, notes=notes)
+
+
+def _answers_some(config: Config, iteration: int) -> bool:
+    return at_iteration(config.spin.num_prompts, iteration) is not None
+
+
+def _write_prompts(config: Config, prepared: Path, path: Path, iteration: int) -> None:
+    """The prepared rows of `spin.num_prompts` prompts, drawn anew in each iteration."""
+    rows = read_prepared(prepared)
+    number = at_iteration(config.spin.num_prompts, iteration)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as partial:
+        drawn = chosen(rows.num_rows, number, seed=(config.seed, iteration))
+        pq.write_table(rows.take(pa.array(drawn)), partial, row_group_size=ROW_GROUP_ROWS)
 
 
 def start(
@@ -245,20 +268,25 @@ def sound_tables(out_dir: Path, request: Pass) -> Iterator[pa.Table]:
         yield pq.read_table(path, schema=GENERATED, partitioning=None)
 
 
-def _passes(config: Config, prepared: Path, *, iteration: int, opponent_sha256: str) -> list[PassPlan]:
+def _passes(
+    config: Config, prepared: Path, *, out_dir: Path, iteration: int, opponent_sha256: str
+) -> list[PassPlan]:
     sampling = configured_sampling(config, prepared, iteration)
+    files = {split: prepared / f"{split}.parquet" for split in SPLITS}
+    if _answers_some(config, iteration):
+        files["train"] = out_dir / PROMPTS_NAME
     return [
         PassPlan(
             name=split,
-            prepared=(prepared / f"{split}.parquet").absolute(),
+            prepared=path.absolute(),
             num_prompts=None,
             sampling=sampling,
             num_generations=config.generation.num_generations,
             iteration=iteration,
             model_sha256=opponent_sha256,
         )
-        for split in SPLITS
-        if (prepared / f"{split}.parquet").exists()
+        for split, path in files.items()
+        if path.exists()
     ]
 
 

@@ -22,7 +22,7 @@ from nemo_spin.megatron.vocab_parallel import output_weight, response_logps
 from nemo_spin.objective.log_probs import response_sums
 from nemo_spin.objective.losses import PairLogps
 from nemo_spin.objective.objective import Objective
-from nemo_spin.objective.options import PairLengths
+from nemo_spin.objective.options import BaseLogps, PairLengths
 
 # What a training or validation step reports, as sums over units; see `summarise`.
 SPIN_SUMS = (
@@ -57,21 +57,22 @@ def spin_loss(microbatch: Microbatch, logps: Tensor, *, objective: Objective) ->
         objective: The loss of each pair.
     """
     real, generated = microbatch.pair_real, microbatch.pair_generated
-    opponent = microbatch.opponent_logps.float()
+    opponent, base = microbatch.opponent_logps.float(), microbatch.base_logps.float()
     pairs = PairLogps(logps[real], logps[generated], opponent[real], opponent[generated])
     tokens = microbatch.response_tokens
     lengths = PairLengths(tokens[real], tokens[generated])
-    margins = objective.margins(pairs, lengths)
+    arguments = (pairs, lengths, BaseLogps(base[real], base[generated]))
+    margins = objective.margins(*arguments)
     weights = _pair_weights(microbatch)
-    losses = objective(pairs, lengths)
+    losses = objective(*arguments)
     columns = [
         losses,
-        objective.at_start(pairs, lengths),
+        objective.at_start(*arguments),
         torch.ones_like(weights),
         (margins > 0).float(),
         margins,
         *pairs,
-        *objective.rewards(pairs, lengths),
+        *objective.rewards(*arguments),
         *lengths,
     ]
     # `where` and not only a product: the loss of a ghost may overflow

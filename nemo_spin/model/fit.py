@@ -18,7 +18,7 @@ from nemo_spin.megatron.checkpoint_files import newest_whole_checkpoint
 from nemo_spin.megatron.engine import layout_of
 from nemo_spin.megatron.runtime import Runtime
 from nemo_spin.model.callbacks import SaveCheckpoints
-from nemo_spin.model.metrics_file import MetricsFile
+from nemo_spin.model.metrics_file import MetricsFile, Watch
 from nemo_spin.model.preemption import Preemption
 from nemo_spin.model.settings import TrainingJob
 from nemo_spin.model.spin_model import MegatronGPTSPINModel
@@ -53,6 +53,7 @@ def fit(
     num_nodes: int,
     progress: Progress,
     started: float,
+    watch: Watch | None = None,
 ) -> Path:
     """Trains, resuming from the newest complete checkpoint. All ranks must call.
 
@@ -61,6 +62,7 @@ def fit(
         runtime: This rank's place; process groups are joined.
         devices, num_nodes: Ranks per node, and nodes.
         progress: Told of every step; only the first rank's is shown.
+        watch: Given every step's metrics on all ranks; what it raises ends the training.
         started: `time.monotonic()` when this process began; the time until the first step is reported.
 
     Returns:
@@ -76,7 +78,7 @@ def fit(
     preemption = Preemption(runtime)
     saver = SaveCheckpoints(job.checkpoint_directory, job.save_interval, writer=writer, preemption=preemption)
     metrics = MetricsFile(
-        job.metrics_path, progress, log_every_n_steps=job.log_every_n_steps, started=started
+        job.metrics_path, progress, log_every_n_steps=job.log_every_n_steps, started=started, watch=watch
     )
     strategy = MegatronStrategy(runtime, MegatronCheckpointIO(writer))
     check_every = job.val_check_interval

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from nemo_spin.data.progress import Progress
 from nemo_spin.model.spin_model import MegatronGPTSPINModel
 
 Columns = Mapping[str, float | None]
+Watch = Callable[[dict[str, Any]], None]
 
 
 class MetricsFile(Callback):
@@ -28,13 +29,23 @@ class MetricsFile(Callback):
         progress: Told of every step.
         log_every_n_steps: How often loggers (TensorBoard, W&B) are fed.
         started: `time.monotonic()` when the process began to prepare the training.
+        watch: Given every step's line, once it is written; what it raises ends the training.
     """
 
-    def __init__(self, path: Path, progress: Progress, *, log_every_n_steps: int, started: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        progress: Progress,
+        *,
+        log_every_n_steps: int,
+        started: float,
+        watch: Watch | None = None,
+    ) -> None:
         self._path = path
         self._progress = progress
         self._every = log_every_n_steps
         self._started = started
+        self._watch = watch
 
     def on_train_start(self, trainer: Trainer, pl_module: MegatronGPTSPINModel) -> None:
         """Drops what lies at or after the step that comes next."""
@@ -44,7 +55,15 @@ class MetricsFile(Callback):
             self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         pl_module.restart_clock()
         seconds = time.monotonic() - self._started
-        self._write(trainer, {"split": "start", "step": trainer.global_step - 1, "setup_seconds": seconds})
+        self._write(
+            trainer,
+            {
+                "split": "start",
+                "step": trainer.global_step - 1,
+                "setup_seconds": seconds,
+                "identical_pairs": pl_module.identical_pairs,
+            },
+        )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: MegatronGPTSPINModel, *args: Any) -> None:
         """Writes the step's line. All ranks call: the line says what passed on each of them."""
@@ -55,6 +74,8 @@ class MetricsFile(Callback):
                 _log(trainer, "train", metrics)
             shown = {key: metrics[key] for key in ("loss", "accuracy", "tokens_per_second") if key in metrics}
             self._progress.update(trainer.global_step, pl_module.num_steps, "step", **shown)
+        if self._watch is not None:
+            self._watch(metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: MegatronGPTSPINModel) -> None:
         """Writes the line of an evaluation in the middle of training."""

@@ -36,6 +36,8 @@ class TrainingJob:
         log_every_n_steps: How often loggers are fed.
         exp_manager: Loggers, for NeMo's exp_manager.
         nemo_path: The .nemo file to write at the end; None: none.
+        base: Directories that hold the rows with theta_0 as their opponent, for a mixed one; empty
+            where it is not mixed, or is theta_0 itself.
     """
 
     opponent: Path
@@ -60,6 +62,7 @@ class TrainingJob:
     log_every_n_steps: int
     exp_manager: dict[str, Any] = field(default_factory=dict)
     nemo_path: Path | None = None
+    base: tuple[str, ...] = ()
 
     @property
     def optim(self) -> OptimConfig:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from nemo_spin.bridge.families import architecture_of
 from nemo_spin.bridge.import_hf import load_weights
 from nemo_spin.data.datasets import PAIRS, REAL_ONLY, Batches, Units
-from nemo_spin.data.pairs import has_rows, prepared_rows, training_rows
+from nemo_spin.data.pairs import has_rows, prepared_rows, training_rows, with_base, without_identical
 from nemo_spin.errors import GateError, explain
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.engine import Engine, layout_of
@@ -43,7 +43,7 @@ from nemo_spin.model.connector import MegatronSaveRestoreConnector
 from nemo_spin.model.optimizer import MegatronOptimizerAdapter
 from nemo_spin.model.settings import TrainingJob
 from nemo_spin.model.telemetry import COMPUTING, Telemetry
-from nemo_spin.objective.objective import build_objective
+from nemo_spin.objective.objective import Objective, build_objective
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 _EVALUATION_UNITS = 256  # per data-parallel rank and schedule call, for held-out rows
@@ -69,6 +69,9 @@ class MegatronGPTSPINModel(ModelPT):
         job: What to train, on what, and how.
         runtime: This rank's place; process groups are joined.
         trainer: Lightning's trainer.
+
+    Attributes:
+        identical_pairs: Training pairs of twice the same response, which were dropped.
     """
 
     def __init__(self, job: TrainingJob, runtime: Runtime, trainer: Any = None) -> None:
@@ -76,6 +79,7 @@ class MegatronGPTSPINModel(ModelPT):
         self.runtime = runtime
         self.engine: Engine | None = None
         self.last_metrics: dict[str, float] = {}
+        self.identical_pairs = 0
         self.last_heldout_metrics: dict[str, float] = {}
         self.companions: Any = None  # keeps a restored model's tokenizer files
         self._telemetry: Telemetry
@@ -111,7 +115,14 @@ class MegatronGPTSPINModel(ModelPT):
         assert self.job.rows is not None, "a model without rows has no data"
         if self.job.objective == "sft":
             return Units(prepared_rows(self.job.rows, split), REAL_ONLY)
-        return Units(training_rows(self.job.rows, split), PAIRS)
+        rows = training_rows(self.job.rows, split)
+        if split == "train" and not self._objective.identical_count:
+            differing = without_identical(rows)
+            self.identical_pairs = rows.num_rows - differing.num_rows
+            rows = differing
+        if self.job.base:
+            rows = with_base(rows, [Path(directory) for directory in self.job.base], split)
+        return Units(rows, PAIRS)
 
     @property
     def batches(self) -> Batches:
@@ -180,8 +191,10 @@ class MegatronGPTSPINModel(ModelPT):
         return self._adapter
 
     def _learning_rate(self) -> float:
+        # self-play that stops early has the schedule of all its epochs, as the official runs do
+        planned = self.num_steps if self.job.objective == "sft" else self.batches.num_steps
         return learning_rate(
-            self.trainer.global_step, num_steps=self.num_steps, peak=self.job.lr, sched=self.job.optim.sched
+            self.trainer.global_step, num_steps=planned, peak=self.job.lr, sched=self.job.optim.sched
         )
 
     @cached_property
@@ -193,7 +206,11 @@ class MegatronGPTSPINModel(ModelPT):
         """
         if self.job.objective == "sft":
             return sft_loss
-        return partial(spin_loss, objective=build_objective(**self.job.spin))
+        return partial(spin_loss, objective=self._objective)
+
+    @cached_property
+    def _objective(self) -> Objective:
+        return build_objective(**self.job.spin)
 
     @property
     def _names(self) -> tuple[str, ...]:

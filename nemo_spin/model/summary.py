@@ -30,13 +30,16 @@ def summary(metrics_path: Path) -> dict[str, float | None]:
     """What a training came to.
 
     Returns:
-        `steps`, `first_loss`; means of the last tenth of steps (at least one) under their own
-        names, and the last held-out evaluation's under `heldout_`; and how fast it was
-        (`_speed`).
+        `steps`, `first_loss`, `identical_pairs` that were dropped; means of the last tenth of
+        steps (at least one) under their own names, and the last held-out evaluation's under
+        `heldout_`; and how fast it was (`_speed`).
     """
     lines = [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()]
     steps, heldout = _split(lines, "train"), _split(lines, "heldout")
     result: dict[str, float | None] = {"steps": len(steps)}
+    starts = [line for line in _split(lines, "start") if "identical_pairs" in line]
+    if starts:
+        result["identical_pairs"] = starts[-1]["identical_pairs"]
     if steps:
         result["first_loss"] = steps[0]["loss"]
         last = steps[-max(1, len(steps) // 10) :]

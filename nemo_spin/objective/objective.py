@@ -28,6 +28,7 @@ class Objective:
         loss: Of a pair, label smoothing included.
         beta: The paper's lambda.
         length_normalized, sft_weight, dpop_weight, opponent_mix: See `build_objective`.
+        identical_count: Whether a pair of twice the same response has a gradient.
     """
 
     loss: PairLoss
@@ -36,6 +37,7 @@ class Objective:
     sft_weight: float = 0.0
     dpop_weight: float = 0.0
     opponent_mix: float = 0.0
+    identical_count: bool = True
 
     def __call__(self, logps: PairLogps, lengths: PairLengths, base: BaseLogps | None = None) -> Tensor:
         """The loss of each pair.
@@ -132,6 +134,8 @@ def build_objective(
         sft_weight=sft_weight,
         dpop_weight=dpop_weight,
         opponent_mix=opponent_mix,
+        # Such a pair's margin is 0 whatever the policy; all but NCA and a user's loss see it alone.
+        identical_count=bool(sft_weight or dpop_weight or (loss not in LOSSES and loss != "ipo")),
     )
 
 

@@ -51,6 +51,10 @@ class IterationPaths(Protocol):
     def metrics_path(self) -> Path:
         """JSON lines of the training."""
 
+    @property
+    def guards_path(self) -> Path:
+        """Stage -> the guards that fired."""
+
 
 @dataclass(frozen=True)
 class StageTime:

@@ -90,6 +90,7 @@ def _part(part: PartSource, notes: Notes) -> dict[str, Any]:
         "scored": _counts(part.paths.scored, f"scores of {label}", notes),
         "evaluation": _evaluation(part.paths.evaluation_path),
         "opponent_evaluation": _evaluation(part.paths.opponent_evaluation_path),
+        "guards": _guards(part.paths.guards_path),
         "times": _times(part.times),
     }
 
@@ -163,6 +164,20 @@ def _evaluation(path: Path) -> dict[str, Any]:
         return {}
     ways = value.items() if isinstance(value, dict) else ()
     return {way: numbers for way, numbers in ways if isinstance(numbers, dict)}
+
+
+def _guards(path: Path) -> list[dict[str, Any]]:
+    """The guards that fired, each with its stage; none where the file is not there or of no use."""
+    try:
+        stages = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            {"stage": str(stage), "guard": str(entry["guard"]), "level": str(entry["level"])}
+            | {"message": str(entry["message"]), "step": entry.get("step")}
+            for stage, entries in stages.items()
+            for entry in entries
+        ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []
 
 
 def _settings(config_path: Path, notes: Notes) -> dict[str, Any]:

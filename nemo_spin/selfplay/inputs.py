@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.config.iterations import at_iteration
+from nemo_spin.config.iterations import at_iteration, config_at
 from nemo_spin.config.schema import Config
 from nemo_spin.errors import ConfigError, explain
 
@@ -46,9 +46,9 @@ _OBJECTIVE = (
 
 # `prepare` lists its inputs itself (`data/inputs.py`).
 KEYS: dict[str, tuple[str, ...]] = {
-    "generate": (*_SAMPLING, "generation.num_generations"),
-    "score": (*_PRECISION, "spin.history"),
-    "train": (*_OPTIMIZATION, *_OBJECTIVE, "spin.lr", "spin.epochs"),
+    "generate": (*_SAMPLING, "generation.num_generations", "spin.num_prompts"),
+    "score": (*_PRECISION, "spin.history", "spin.mixture"),
+    "train": (*_OPTIMIZATION, *_OBJECTIVE, "spin.lr", "spin.epochs", "spin.max_steps"),
     "export": ("trainer.precision",),
     "evaluate": (
         *_SAMPLING,
@@ -62,12 +62,21 @@ KEYS: dict[str, tuple[str, ...]] = {
     "export-checkpoint": ("trainer.precision",),
 }
 PER_ITERATION = frozenset(
-    {"spin.beta", "spin.lr", "spin.epochs", "generation.temperature", "generation.top_p"}
+    {
+        "spin.beta",
+        "spin.lr",
+        "spin.epochs",
+        "spin.max_steps",
+        "spin.num_prompts",
+        "generation.temperature",
+        "generation.top_p",
+    }
 )
 
 
 def config_inputs(config: Config, stage: str, iteration: int | None) -> dict[str, Any]:
-    """Dotted key -> value of what matters to `stage`; of lists the value of this iteration."""
+    """Dotted key -> value of what matters to `stage`, as it is in this iteration."""
+    config = config_at(config, iteration)
     values: dict[str, Any] = {}
     for key in KEYS[stage]:
         value = config_value(config, key)

@@ -17,9 +17,11 @@ from typing import Any
 from nemo_spin.config.load import read_yaml, to_yaml
 from nemo_spin.config.schema import Config
 from nemo_spin.data.files import Manifest, remove_partials, write_text
-from nemo_spin.errors import ConfigError, NemoSpinError, PreemptedError, explain
+from nemo_spin.errors import ConfigError, GuardError, NemoSpinError, PreemptedError, explain
 from nemo_spin.selfplay import state as states
+from nemo_spin.selfplay.guarding import after_failure, described, error_of, findings_of, record
 from nemo_spin.selfplay.inputs import config_differences
+from nemo_spin.selfplay.keep import Candidate, keep_model
 from nemo_spin.selfplay.launcher import Launcher
 from nemo_spin.selfplay.lock import locked
 from nemo_spin.selfplay.preflight import check_model, find_model
@@ -48,12 +50,21 @@ def run(config: Config, *, launcher: Launcher, screen: Screen) -> None:
     with _open(config, Path(config.run_dir), launcher=launcher, screen=screen) as session:
         stages = spin_stages(session.context)
         session.begin(stages)
-        for index, stage in enumerate(stages):
-            was_run = session.do(stage)
-            if was_run and _ends_iteration(stages, index):
-                show_iteration(screen, session.context.run, stage.iteration or 0)
+        try:
+            for index, stage in enumerate(stages):
+                was_run = session.do(stage)
+                if was_run and _ends_iteration(stages, index):
+                    show_iteration(screen, session.context.run, stage.iteration or 0)
+                    session.keep()
+                if index + 1 < len(stages):  # behind the last there is nothing to stop
+                    session.stop_at_guards(stage)
+        except GuardError:
+            session.show_kept()
+            session.refresh_report()
+            raise
         session.state.finished()
         show_run(screen, session.context.run)
+        session.show_kept()
 
 
 def run_stage(
@@ -200,6 +211,8 @@ class Session:
                 self.state.ended(states.INTERRUPTED, said)
                 raise
             except Exception as error:
+                if isinstance(error, GuardError):
+                    after_failure(stage)
                 known = isinstance(error, NemoSpinError)
                 self.state.ended(states.FAILED, str(error) if known else repr(error))
                 raise
@@ -207,8 +220,36 @@ class Session:
             self.state.ended(states.DONE)
             self._screen.result(stage.describe(manifest))
         self.has_run = True
+        findings = findings_of(stage, manifest)
+        record(stage, findings)
+        for finding in findings:
+            if finding.step is None:  # those of steps were shown while it trained
+                self._screen.note(described(finding))
         self.refresh_report()
         return True
+
+    def stop_at_guards(self, stage: Stage) -> None:
+        """Ends the loop where a guard over a finished stage says so, also one found done.
+
+        Raises:
+            GuardError: It does.
+        """
+        manifest = stage.manifest()
+        assert manifest is not None, f"{stage.label} is done"
+        error = error_of(self.context.config, stage.label, findings_of(stage, manifest))
+        if error is not None:
+            self.state.stopped(str(error))
+            raise error
+
+    def keep(self) -> tuple[Candidate, str]:
+        """Makes `kept` point at the model that `selfplay.keep` chooses."""
+        return keep_model(self.context.run, self.context.theta_0, self.context.config.selfplay.keep)
+
+    def show_kept(self) -> None:
+        """Says which model that is, and where."""
+        chosen, what = self.keep()
+        path = self.context.run.kept
+        self._screen.show(f"  kept: {chosen.name} ({self.context.config.selfplay.keep}: {what}), {path}")
 
     def refresh_report(self) -> None:
         """Writes report.html anew; a failure is a warning."""

@@ -12,9 +12,11 @@ from pathlib import Path
 from nemo_spin.bridge.checkpoint_files import check_checkpoint
 from nemo_spin.config.expert_rules import check_experts_fit
 from nemo_spin.config.fp8_rules import check_fp8_fits
+from nemo_spin.config.iterations import config_at
 from nemo_spin.config.schema import Config
 from nemo_spin.config.validate import check_model_fits
 from nemo_spin.errors import CheckpointError, explain
+from nemo_spin.megatron.architecture import Architecture
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
@@ -75,6 +77,11 @@ def check_model(config: Config, model_dir: Path) -> None:
         ConfigError: A parallel size does not divide it.
     """
     architecture = check_checkpoint(model_dir, finite=False)
+    for changed in [config, *(config_at(config, int(number)) for number in config.spin.per_iteration)]:
+        _check_fits(changed, architecture)
+
+
+def _check_fits(config: Config, architecture: Architecture) -> None:
     has_experts = architecture.num_experts > 0
     mlp_width = architecture.shared_expert_ffn_hidden_size if has_experts else architecture.ffn_hidden_size
     check_experts_fit(config, num_experts=architecture.num_experts)

@@ -8,6 +8,7 @@ RUN_DIR/
   data/                  prepare
   logs/                  of prepare
   report.html            what there is so far, to look at
+  kept                   link to the model that selfplay.keep chose
   iter_00/
     opponent             link to the Hugging Face directory of theta_t
     opponent_evaluation/ iteration 0 only: how theta_0 answers held-out prompts
@@ -15,6 +16,7 @@ RUN_DIR/
     evaluation.json      the numbers of evaluation/ (opponent_evaluation.json likewise)
     canary.json          what Megatron says about a few texts under theta_{t+1}, to check a sampler with
     metrics.jsonl        one line for each optimizer step, and for each engine that answered
+    guards.json          the guards that fired
     logs/                of every stage of the iteration
 ```
 """
@@ -52,6 +54,14 @@ class IterationDirectory:
     def scored(self) -> Path:
         """The answers and demonstrations with the opponent's log-probabilities."""
         return self.path / "scored"
+
+    @property
+    def base(self) -> Path:
+        """The same for the opponent's own answers under theta_0, where `spin.opponent_mix` needs it.
+
+        In iteration 0 the opponent is theta_0.
+        """
+        return self.scored if self.path.name == "iter_00" else self.scored / "base"
 
     @property
     def train(self) -> Path:
@@ -94,6 +104,11 @@ class IterationDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def guards_path(self) -> Path:
+        """Stage -> the guards that fired."""
+        return self.path / "guards.json"
+
+    @property
     def logs(self) -> Path:
         """Logs and progress files of the stages."""
         return self.path / "logs"
@@ -134,6 +149,11 @@ class RunDirectory:
     def report_path(self) -> Path:
         """Everything above in one HTML file, for people."""
         return self.path / "report.html"
+
+    @property
+    def kept(self) -> Path:
+        """Link to the model that `selfplay.keep` chose."""
+        return self.path / "kept"
 
     @property
     def imported_dir(self) -> Path:

@@ -18,6 +18,7 @@ from nemo_spin.errors import NemoSpinError
 from nemo_spin.selfplay.lock import Owner
 
 RUNNING, DONE, FAILED, INTERRUPTED, IDLE = "running", "done", "failed", "interrupted", "idle"
+STOPPED = "stopped"  # by a guard
 
 
 @dataclass
@@ -139,6 +140,11 @@ class StateFile:
         if entry is not None and entry.status != DONE:
             entry.status = DONE
             self._write()
+
+    def stopped(self, error: str) -> None:
+        """A guard ended the run between two stages."""
+        self.state.status, self.state.error = STOPPED, error.splitlines()[0]
+        self._write()
 
     def finished(self) -> None:
         """Every stage of the run is done."""

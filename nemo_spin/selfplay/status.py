@@ -12,7 +12,17 @@ from nemo_spin.errors import ConfigError, explain
 from nemo_spin.selfplay.displays import duration
 from nemo_spin.selfplay.lock import read_owner
 from nemo_spin.selfplay.run_directory import IterationDirectory, RunDirectory
-from nemo_spin.selfplay.state import DONE, FAILED, IDLE, INTERRUPTED, RUNNING, State, read_state, stage_key
+from nemo_spin.selfplay.state import (
+    DONE,
+    FAILED,
+    IDLE,
+    INTERRUPTED,
+    RUNNING,
+    STOPPED,
+    State,
+    read_state,
+    stage_key,
+)
 
 _TAIL_BYTES = 4096
 
@@ -36,7 +46,7 @@ def describe(run_dir: str | Path) -> str:
         )
     state = state or State()
     lines = [f"{run.path}: {_headline(run, state)}"]
-    if state.error and state.status in (FAILED, INTERRUPTED):
+    if state.error and state.status in (FAILED, INTERRUPTED, STOPPED):
         lines.append(f"  {state.error}")
     lines += [f"  {line}" for line in _stage_lines(run, state)]
     return "\n".join(lines)
@@ -53,6 +63,7 @@ def _headline(run: RunDirectory, state: State) -> str:
         IDLE: "nothing is running",
         FAILED: f"failed in {where}",
         INTERRUPTED: f"interrupted in {where}",
+        STOPPED: f"stopped by a guard after {where}",
     }.get(state.status, state.status)
 
 

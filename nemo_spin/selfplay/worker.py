@@ -55,13 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, progress: Progress) -> None:
+    from nemo_spin.config.iterations import config_at
     from nemo_spin.config.load import read_yaml
     from nemo_spin.megatron.runtime import finalize, initialize
     from nemo_spin.selfplay.ranks.context import StageContext
     from nemo_spin.selfplay.run_directory import RunDirectory
 
     run = RunDirectory(options.run_dir)
-    config = read_yaml(run.config_path)
+    config = config_at(read_yaml(run.config_path), options.iteration)
     runtime = initialize(
         tensor_model_parallel_size=config.model.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,

@@ -162,15 +162,23 @@ function checks(section, report) {
     ['sampler against Megatron, nats per token', (part) => part.scored.sampler_difference, number],
     ['answers', answers('rows'), whole],
     ['answers as demonstrated (no gradient)', answers('equal_share'), share],
+    ['pairs dropped for that', (part) => part.training.identical_pairs, whole],
     ['answers that repeat an earlier sample', answers('duplicate_share'), share],
+    ['answers that are mostly repetition', answers('repetitive_share'), share],
     ['empty answers', answers('empty_share'), share],
     ['answers cut by the limit', answers('cut_share'), share],
     ['mean length of the answers', answers('mean_length'), number],
     ['mean length of the demonstrations', answers('real_mean_length'), number],
     ['final gradient norm', (part) => part.training.grad_norm, number],
   ].filter(([, read]) => parts.some((part) => isNumber(read(part))));
-  if (!rows.length) return;
-  heading(section, 'Checks', 'What tells early that something is wrong: the gates, and the shape of the answers that were trained on.');
+  const fired = parts.flatMap((part) => part.guards.map((guard) => ({ part, ...guard })));
+  if (!rows.length && !fired.length) return;
+  heading(section, 'Checks', 'What tells early that something is wrong: guards, gates, and the shape of the answers that were trained on.');
+  if (fired.length) {
+    section.append(el('div', { class: 'card notes' }, el('h3', null, 'Guards that fired'),
+      el('ul', { class: 'small', id: 'guards' }, fired.map(({ part, stage, guard, level, message, step }) => el('li', null,
+        el('b', null, `${guard} (${level}), ${stage} of ${report.runs.length > 1 ? `${part.run.name}, ` : ''}${part.label}${isNumber(step) ? `, step ${step}` : ''}: `), message)))));
+  }
   section.append(el('div', { class: 'card scroll' }, el('table', { id: 'checks-table' },
     el('thead', null, el('tr', null, el('th', null, ''), parts.map((part) => el('th', null, report.runs.length > 1 ? `${part.run.name}, ${part.label}` : part.label)))),
     el('tbody', null, rows.map(([title, read, format]) => el('tr', null, el('td', null, title), parts.map((part) => el('td', null, format(read(part))))))))));

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_spin.config.iterations import at_iteration
 from nemo_spin.config.mistakes import nearest, raise_together
 from nemo_spin.config.rules import RANGES
-from nemo_spin.config.schema import Config, ModelConfig
+from nemo_spin.config.schema import Config, ModelConfig, SpinConfig
 from nemo_spin.config.validate import find_mistakes
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.megatron.sizes import DEVICES, Cluster, Device, Numerics, Work
@@ -66,6 +66,7 @@ class Request:
         work: Units of self-play.
         pairs: Prompts times generations of one iteration.
         epochs: Over the pairs, of the longest iteration.
+        max_steps: Optimizer steps an iteration stops after; None: one of them goes through its epochs.
         max_tokens: Of a prompt and its answer, at most.
     """
 
@@ -76,6 +77,7 @@ class Request:
     work: Work
     pairs: int
     epochs: int
+    max_steps: int | None
     max_tokens: int
 
 
@@ -121,8 +123,14 @@ def make_request(
         work=work,
         pairs=pairs,
         epochs=max(int(at_iteration(config.spin.epochs, i)) for i in range(config.spin.iterations)),
+        max_steps=_max_steps(config.spin),
         max_tokens=data.max_prompt_length + generation.max_tokens,
     )
+
+
+def _max_steps(spin: SpinConfig) -> int | None:
+    steps = [at_iteration(spin.max_steps, i) for i in range(spin.iterations)]
+    return None if None in steps else max(steps)
 
 
 def _check(config: Config) -> None:

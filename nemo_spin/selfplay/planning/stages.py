@@ -102,6 +102,7 @@ def stage_times(shape: ModelShape, chosen: Candidate, request: Request, sampling
     config, numerics, cluster, layout = request.config, request.numerics, request.cluster, chosen.layout
     units = math.ceil(request.pairs / chosen.work.num_generations) * (1 + config.spin.history)
     steps = math.ceil(units * request.epochs / chosen.work.global_batch_size)
+    steps = min(steps, request.max_steps or steps)
     load = load_seconds(shape, numerics)
     interval = config.trainer.save_interval
     saves = 1 + (steps // interval if interval else 0)

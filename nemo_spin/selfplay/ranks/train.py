@@ -6,13 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.config.iterations import at_iteration
+from nemo_spin.config.iterations import at_iteration, mixed_iterations
 from nemo_spin.config.schema import SpinConfig
 from nemo_spin.data.files import read_manifest, write_manifest
 from nemo_spin.errors import CheckpointError, explain
 from nemo_spin.megatron.checkpoint_files import latest_checkpoint
 from nemo_spin.megatron.runtime import first_rank_writes
+from nemo_spin.selfplay.guarding import TrainingWatch
 from nemo_spin.selfplay.ranks.context import StageContext
+from nemo_spin.selfplay.run_directory import RunDirectory
 
 
 def train(context: StageContext) -> None:
@@ -36,6 +38,13 @@ def _objective(spin: SpinConfig, iteration: int) -> dict[str, Any]:
         "dpop_weight": spin.dpop_weight,
         "opponent_mix": spin.opponent_mix,
     }
+
+
+def _base(run: RunDirectory, spin: SpinConfig, iteration: int) -> tuple[str, ...]:
+    """Where theta_0's log-probabilities of the rows of `iteration` lie; nowhere where none are needed."""
+    if not spin.opponent_mix or not iteration:
+        return ()
+    return tuple(str(run.iteration(number).base) for number in mixed_iterations(spin, iteration))
 
 
 def _with_scoring(counts: dict[str, Any], scored: Path) -> dict[str, Any]:
@@ -85,9 +94,10 @@ def _fit(context: StageContext, *, objective: str) -> None:
         rows=here.scored if self_play else context.run.data_dir,
         objective=objective,
         spin=_objective(config.spin, iteration) if self_play else {},
+        base=_base(context.run, config.spin, iteration) if self_play else (),
         lr=float(at_iteration(config.spin.lr, iteration)) if self_play else config.sft.lr,
         epochs=int(at_iteration(config.spin.epochs, iteration)) if self_play else config.sft.epochs,
-        max_steps=None if self_play else config.sft.max_steps,
+        max_steps=at_iteration(config.spin.max_steps, iteration) if self_play else config.sft.max_steps,
         seed=config.seed,
         iteration=iteration,
         model=config.model,
@@ -111,6 +121,7 @@ def _fit(context: StageContext, *, objective: str) -> None:
         num_nodes=config.trainer.num_nodes,
         progress=context.progress,
         started=context.started,
+        watch=TrainingWatch(config, "train" if self_play else "sft", context.progress.note),
     )
     with first_rank_writes(context.runtime) as writes:
         if writes:

@@ -97,7 +97,7 @@ class EvaluateStage(Stage):
         }
         log_path = self.progress_path.with_name(self.progress_path.name.replace(".progress.jsonl", ".log"))
         job = heldout.start(
-            self.context.config,
+            self.config,
             progress_path=self.progress_path,
             log_path=log_path,
             canary_path=None if self.iteration is None else self.files.canary_path,
@@ -105,7 +105,7 @@ class EvaluateStage(Stage):
             **common,
         )
         self.follow(job, progress)
-        manifest = heldout.finish(self.context.config, notes=job.notes, **common)
+        manifest = heldout.finish(self.config, notes=job.notes, **common)
         write_engine_line(self.files.metrics_path, manifest, step=self._last_step())
 
     def _last_step(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from nemo_spin.data.files import Manifest
 from nemo_spin.data.progress import Progress
 from nemo_spin.generation.environment import find_python
+from nemo_spin.generation.given import write_given
 from nemo_spin.generation.stage import finish, generate
 from nemo_spin.selfplay.stages.engine_notes import describe_engine, write_engine_line
 from nemo_spin.selfplay.stages.opponent import (
@@ -31,9 +32,22 @@ class GenerateStage(Stage):
         """See `Stage`."""
         return self.files.generated
 
+    @property
+    def is_given(self) -> bool:
+        """Whether the answers came with the demonstrations."""
+        return self.config.data.use_generations and not self.iteration
+
     def check(self) -> None:
-        """There must be an interpreter for the sampler."""
-        find_python(self.context.config.generation.python)
+        """There must be an interpreter for the sampler, where there is something to sample."""
+        if not self.is_given:
+            find_python(self.context.config.generation.python)
+
+    def settings(self) -> dict[str, Any]:
+        """See `Stage`; how answers are sampled does not matter where they are given."""
+        settings = super().settings()
+        if not self.is_given:
+            return settings
+        return {"spin.num_prompts": settings["spin.num_prompts"], "seed": settings["seed"]}
 
     def consumes(self) -> dict[str, Any]:
         """The opponent and the prompts."""
@@ -57,8 +71,11 @@ class GenerateStage(Stage):
             "opponent_sha256": opponent_sha256(self.context, self.iteration),
             "inputs": self.inputs(),
         }
+        if self.is_given:
+            write_given(self.config, **common)
+            return
         job = generate(
-            self.context.config,
+            self.config,
             model_dir=opponent_dir(self.context, self.iteration),
             progress_path=self.progress_path,
             log_path=self.logs / f"{self.name}.log",
@@ -67,7 +84,7 @@ class GenerateStage(Stage):
             **common,
         )
         self.follow(job, progress)
-        manifest = finish(self.context.config, notes=job.notes, **common)
+        manifest = finish(self.config, notes=job.notes, **common)
         write_engine_line(self.files.metrics_path, manifest, step=-1)
 
     def describe(self, manifest: Manifest) -> str:

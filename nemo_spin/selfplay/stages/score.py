@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_spin.config.iterations import mixed_iterations
 from nemo_spin.data.files import Manifest
 from nemo_spin.data.progress import Progress
 from nemo_spin.selfplay.stages.generate import GenerateStage
@@ -32,15 +33,21 @@ class ScoreStage(Stage):
 
     def mixed_iterations(self) -> list[int]:
         """The iterations whose generations are scored: this one and `spin.history` before it."""
-        return list(range(max(0, self._iteration - self.context.config.spin.history), self._iteration + 1))
+        return mixed_iterations(self.context.config.spin, self._iteration)
 
     def settings(self) -> dict[str, Any]:
         """Of `spin.history` only what there is to mix: raising it changes nothing at iteration 0."""
-        return super().settings() | {"spin.history": len(self.mixed_iterations()) - 1}
+        ages, mixture = len(self.mixed_iterations()), self.context.config.spin.mixture
+        settings = super().settings() | {"spin.history": ages - 1}
+        if mixture is None:
+            return settings
+        return settings | {"spin.mixture": mixture[:ages], "seed": self.context.config.seed}
 
     def consumes(self) -> dict[str, Any]:
-        """The opponent and all generations."""
+        """The opponent, theta_0 where it is mixed in, and all generations."""
+        mixed = bool(self.context.config.spin.opponent_mix and self._iteration)
         return {
+            **({"theta_0": opponent_sha256(self.context, 0)} if mixed else {}),
             "opponent": opponent_sha256(self.context, self.iteration),
             "generated": {
                 f"iter_{number:02d}": self.required(GenerateStage(self.context, number)).sha256()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nemo_spin.config.iterations import config_at
 from nemo_spin.config.schema import Config
 from nemo_spin.data.files import Manifest, remove_partials, write_json
 from nemo_spin.data.progress import Progress
@@ -76,6 +77,11 @@ class Stage(abc.ABC):
     def label(self) -> str:
         """The stage for people, such as "train of iteration 0"."""
         return self.name if self.iteration is None else f"{self.name} of iteration {self.iteration}"
+
+    @property
+    def config(self) -> Config:
+        """The configuration, as it is in this iteration."""
+        return config_at(self.context.config, self.iteration)
 
     @property
     def files(self) -> IterationDirectory:

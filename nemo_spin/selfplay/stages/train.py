@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_spin.config.functions import function_file, names_a_function
+from nemo_spin.config.iterations import mixed_iterations
 from nemo_spin.data.files import Manifest, sha256_file
 from nemo_spin.data.progress import Progress
 from nemo_spin.selfplay.stages.opponent import link_opponent, opponent_sha256
@@ -50,6 +51,7 @@ class TrainStage(Stage):
             "scored": self.required(ScoreStage(self.context, self.iteration)).sha256(),
             **_own_loss(self.context.config.spin.loss),
             **self._carried(),
+            **self._base(),
         }
 
     def _carried(self) -> dict[str, str]:
@@ -57,6 +59,18 @@ class TrainStage(Stage):
         if not self.context.config.model.optim.carry_over or not self.iteration:
             return {}
         return {"optimizer": self.required(TrainStage(self.context, self.iteration - 1)).sha256()}
+
+    def _base(self) -> dict[str, Any]:
+        """Earlier scorings that hold theta_0's log-probabilities; nothing where they are not needed."""
+        spin = self.context.config.spin
+        earlier = mixed_iterations(spin, self.iteration)[:-1] if spin.opponent_mix and self.iteration else []
+        if not earlier:
+            return {}
+        scorings = {
+            f"iter_{number:02d}": self.required(ScoreStage(self.context, number)).sha256()
+            for number in earlier
+        }
+        return {"base": scorings}
 
     def check(self) -> None:
         """A user's own loss must be there."""

@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from nemo_spin.config.schema import GuardsConfig
 from nemo_spin.data.columns import SCORED
+from nemo_spin.selfplay.guards import of_training
 from tests.distributed import reference
 from tests.distributed.harness import run_ranks
 
@@ -57,14 +59,16 @@ def _fit(
     exp_manager: dict[str, Any] | None = None,
     changes: dict[str, Any] | None = None,
     on_step: Callable[..., None] | None = None,
+    stop: bool = True,
 ) -> dict[str, Any]:
-    from nemo_spin.config.schema import ModelConfig
+    from nemo_spin.config.schema import Config, ModelConfig
     from nemo_spin.data.progress import SilentProgress
-    from nemo_spin.errors import GateError, PreemptedError
+    from nemo_spin.errors import GateError, GuardError, PreemptedError
     from nemo_spin.megatron.runtime import initialize
     from nemo_spin.model.fit import fit
     from nemo_spin.model.settings import TrainingJob
     from nemo_spin.model.summary import summary
+    from nemo_spin.selfplay.guarding import TrainingWatch
 
     runtime = initialize(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, seed=1)
     model = ModelConfig(
@@ -102,6 +106,10 @@ def _fit(
     progress.note = notes.append  # type: ignore[method-assign]
     if on_step is not None:
         progress.update = on_step  # type: ignore[method-assign]
+    guards = Config()
+    guards.selfplay.stop = stop
+    guards.selfplay.guards.window_steps = 2
+    guards.selfplay.guards.margin_saturated.warn = 1.0
     try:
         last = fit(
             replace(job, **(changes or {})),
@@ -110,11 +118,14 @@ def _fit(
             num_nodes=1,
             progress=progress,
             started=time.monotonic(),
+            watch=TrainingWatch(guards, "train", notes.append),
         )
     except GateError as error:
         return {"gate": str(error)}
     except PreemptedError as error:
         return {"preempted": str(error)}
+    except GuardError as error:
+        return {"guard": str(error), "notes": notes}
     return {"last": last.name, "notes": notes, **summary(job.metrics_path)}
 
 
@@ -226,6 +237,19 @@ def test_every_logger_is_fed_wandb_too(tmp_path: Path) -> None:
     assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(expected)
 
 
+def test_identical_pairs_are_dropped_and_counted(tmp_path: Path) -> None:
+    model_dir = reference.make_model(tmp_path / "model")
+    _write_scored(model_dir, tmp_path / "scored", shift=0.0)
+    path = tmp_path / "scored" / "train-iter_00-shard-00000-of-00001.parquet"
+    rows = pq.read_table(path).to_pylist()
+    for row in rows[:3]:  # what the model would answer at its best
+        row["generated_ids"], row["opponent_generated_logps"] = row["real_ids"], row["opponent_real_logps"]
+    pq.write_table(pa.Table.from_pylist(rows, SCORED), path)
+    result = run_ranks(_fit, 1, model_dir, tmp_path / "scored", tmp_path, 1, 1)
+    assert result["identical_pairs"] == 3 and result["pairs"] == EPOCHS * (ROWS - 3)
+    assert result["steps"] == EPOCHS * 2 and result["first_loss"] == pytest.approx(0.693147, abs=1e-4)
+
+
 # last: NeMo's OneLogger keeps a span open after a training that was stopped
 def test_opponent_values_of_another_model_stop_before_the_first_update(tmp_path: Path) -> None:
     model_dir = reference.make_model(tmp_path / "model")
@@ -233,3 +257,27 @@ def test_opponent_values_of_another_model_stop_before_the_first_update(tmp_path:
     result = run_ranks(_fit, 1, model_dir, tmp_path / "scored", tmp_path, 1, 1)
     assert "ln 2 gate" in result["gate"] and "remedy" in result["gate"]
     assert not (tmp_path / "train" / "checkpoints").exists()
+
+
+def test_a_learning_rate_that_collapses_is_stopped(tmp_path: Path) -> None:
+    model_dir = reference.make_model(tmp_path / "model")
+    _write_scored(model_dir, tmp_path / "scored", shift=0.0)
+    result = run_ranks(_fit, 1, model_dir, tmp_path / "scored", tmp_path, 1, 1, None, {"lr": 0.3})
+    assert "train: guard real_fall: demonstrations became less likely" in result["guard"]
+    assert "selfplay.guards.real_fall.stop=0.5" in result["guard"] and "spin.lr" in result["guard"]
+    assert any("guard real_fall (stop)" in note for note in result["notes"])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["split"] == "train"]
+    assert steps[-1] < STEPS - 1, "it ended before its time, and the step that showed it is on file"
+
+
+def test_what_a_collapse_does_to_held_out_pairs(tmp_path: Path) -> None:
+    model_dir = reference.make_model(tmp_path / "model")
+    _write_scored(model_dir, tmp_path / "scored", shift=0.0)
+    result = run_ranks(
+        _fit, 1, model_dir, tmp_path / "scored", tmp_path, 1, 1, None, {"lr": 0.3}, None, False
+    )
+    assert result["steps"] == STEPS, "selfplay.stop=false: it goes on"
+    fired = {note.split()[1] for note in result["notes"]}
+    assert "real_fall" in fired
+    assert "heldout_fall" in {entry.guard for entry in of_training(result, GuardsConfig())}

@@ -139,6 +139,13 @@ def test_a_prompt_full_of_markup_stays_text(page: Browser) -> None:
     page.wait("return !document.querySelector('#detail').open")
 
 
+def test_guards_that_fired_are_listed(page: Browser) -> None:
+    guards = "return [...document.querySelectorAll('#guards li')].map((item) => item.textContent)"
+    assert page.run(guards) == [
+        "real_fall (warn), train of iteration 1, step 7: demonstrations became <b>less</b> likely"
+    ]
+
+
 def test_search_finds_answers_and_clears(page: Browser) -> None:
     shown = "return document.querySelector('#sample-count').textContent"
     assert page.run(shown) == "150 of 150"

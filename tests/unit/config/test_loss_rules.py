@@ -70,12 +70,8 @@ def test_options_have_ranges(key: str, value: float) -> None:
         ("label_smoothing", 0.49),
         ("sft_weight", 0.1),
         ("dpop_weight", 50.0),
+        ("opponent_mix", 1.0),
     ],
 )
 def test_options_are_allowed(key: str, value: object) -> None:
     assert texts(**{key: value}) == []
-
-
-def test_a_mixed_opponent_is_refused_and_not_ignored() -> None:
-    (text,) = texts(opponent_mix=0.5)
-    assert text.startswith("spin.opponent_mix: 0.5") and "not scored under theta_0 yet" in text

@@ -10,14 +10,27 @@ from omegaconf import OmegaConf
 
 from nemo_spin.config.load import from_mapping
 from nemo_spin.config.relations import data_parallel_size, world_size
-from nemo_spin.config.rules import LISTS, NAMES, PER_ITERATION, RANGES, REQUIRED, TEXTS, Range
+from nemo_spin.config.rules import (
+    LISTS,
+    NAMES,
+    OPTIONAL_PER_ITERATION,
+    PER_ITERATION,
+    RANGES,
+    REQUIRED,
+    TEXTS,
+    Range,
+)
 from nemo_spin.config.schema import Config
 from nemo_spin.config.typed import leaf_types
 from nemo_spin.config.validate import check_model_fits, find_mistakes, validate
 from nemo_spin.errors import ConfigError
 
 GIVEN = ("run_dir=runs/x", "model.path=/models/m", "data.train=train.jsonl")
-FREE = {"exp_manager.wandb_logger_kwargs", "data.chat_template_kwargs"}  # any mapping
+FREE = {  # any mapping, or one with rules of its own
+    "exp_manager.wandb_logger_kwargs",
+    "data.chat_template_kwargs",
+    "spin.per_iteration",
+}
 
 
 def configured(*overrides: str) -> Config:
@@ -114,8 +127,12 @@ def test_values_per_iteration(key: str) -> None:
     assert f"{key}: -1 in iteration 1 of [1, -1, 1]" in refused(f"{key}=[1,-1,1]")
     assert f"{key}: 'x'" in refused(f"{key}=x")
     assert f"{key}: []" in refused(f"{key}=[]")
-    assert f"{key}: None" in refused(f"{key}=null")
     assert f"{key}: True" in refused(f"{key}=true")
+    for null in ("null", "[1,null,1]"):
+        if key in OPTIONAL_PER_ITERATION:
+            accepted(f"{key}={null}")
+        else:
+            assert f"{key}: None" in refused(f"{key}={null}")
 
 
 def test_the_length_of_lists_is_not_judged_by_an_impossible_number_of_iterations() -> None:

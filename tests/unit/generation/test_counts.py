@@ -39,8 +39,25 @@ def test_counts_by_hand() -> None:
         "empty_share": pytest.approx(1 / 6),
         "equal_share": pytest.approx(2 / 6),
         "duplicate_share": pytest.approx(1 / 6),
+        "repetitive_share": 0,
         "distinct_share": pytest.approx(4 / 6),
     }
+
+
+@pytest.mark.parametrize(
+    ("ids", "repetitive"),
+    [
+        ([7] * 16, True),
+        ([7] * 15, False),  # too short to tell
+        (list(range(40)), False),
+        ([1, 2, 3] * 8, True),
+        ([*range(20), *[5] * 20], False),  # 20 of 37 runs differ
+        ([*range(12), *[5] * 28], True),
+    ],
+)
+def test_an_answer_that_repeats_itself(ids: list[int], repetitive: bool) -> None:
+    counts = count_answers([_table(("a", 0, [3], ids, "length"))])
+    assert counts["repetitive_share"] == float(repetitive)
 
 
 def test_the_median_of_an_even_number_lies_between() -> None:

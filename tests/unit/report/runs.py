@@ -29,6 +29,14 @@ END = 3
 WORDS = ("copper", "lantern", "river", "seven", "quiet", "harbour", "paper", "violet", "engine", "meadow")
 BETA = 0.1
 
+GUARDS = {
+    "generate": [],
+    "train": [
+        {"guard": "real_fall", "level": "warn", "value": 0.02, "threshold": 0.01, "step": 7}
+        | {"message": "demonstrations became <b>less</b> likely"}
+    ],
+}
+
 Texts = Callable[[random.Random], str]
 
 
@@ -105,6 +113,8 @@ class Writer:
             self.scored(iteration)
             self.trained(iteration)
             self.evaluation(iteration + 1, files.evaluation, files.evaluation_path)
+            if iteration == 1:
+                write_json(files.guards_path, GUARDS)
             times = {
                 "generate": 310.0,
                 "score": 95.0,

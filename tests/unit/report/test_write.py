@@ -44,6 +44,14 @@ def test_a_run_in_numbers(tmp_path: Path) -> None:
         "Response lengths",
         "Margins after the iteration",
     ]
+    assert [part["guards"] for part in run["parts"]] == [
+        [],
+        [
+            {"stage": "train", "guard": "real_fall", "level": "warn", "step": 7}
+            | {"message": "demonstrations became <b>less</b> likely"}
+        ],
+        [],
+    ]
     assert run["settings"]["spin.beta"] == 0.1
     assert run["settings"]["spin.lr"] == "[1e-06, 5e-07]"
     rows = {(row["where"], row["what"]): row["value"] for row in run["provenance"]}

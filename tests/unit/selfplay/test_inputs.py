@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemo_spin.config.load import from_mapping
+from nemo_spin.config.rules import GUARDS
 from nemo_spin.config.schema import Config
 from nemo_spin.selfplay.inputs import (
     KEYS,
@@ -47,6 +48,11 @@ WITHOUT_EFFECT = {
     "model.optimizer_cpu_offload",
     "model.optimizer_offload_fraction",
     "spin.iterations",
+    "spin.per_iteration",  # what it changes counts under its own key
+    "selfplay.stop",
+    "selfplay.keep",
+    "selfplay.guards.window_steps",
+    *(f"selfplay.guards.{guard}.{level}" for guard in GUARDS for level in ("warn", "stop")),
     "spin.gates.ln2_tolerance",
     "spin.gates.sampler_tolerance",
     "spin.gates.sampler",

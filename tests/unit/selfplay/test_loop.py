@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from nemo_spin.errors import (
     ConfigError,
     DataError,
     GateError,
+    GuardError,
     PreemptedError,
     StageError,
 )
@@ -26,7 +28,7 @@ from nemo_spin.selfplay.signals import STOPPED
 from nemo_spin.selfplay.state import read_state
 from nemo_spin.selfplay.status import describe
 from tests import models
-from tests.unit.selfplay.conftest import StandIns
+from tests.unit.selfplay.conftest import COUNTS, StandIns
 
 STOPPED_BY = (SystemExit(75), PreemptedError("saved after step 3 of 9"))
 Run = Callable[[Config], str]
@@ -457,3 +459,46 @@ def test_optimizer_state_of_the_iteration_before_is_an_input_if_it_carries_over(
     shutil.rmtree(directory.path)
     run(make_config())
     assert "optimizer" not in inputs(1)
+
+
+def test_a_guard_ends_the_loop_and_the_best_model_is_kept(
+    run: Run,
+    make_config: MakeConfig,
+    stand_ins: StandIns,
+    directory: RunDirectory,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Path,
+) -> None:
+    fine = COUNTS["evaluate"]
+    worse_sampled = {**fine, "sampled": {**fine["sampled"], "score": 0.25}}
+    work = stand_ins.work
+
+    def worse(label: str, *arguments: Any, **named: Any) -> None:
+        is_worse = label.startswith("evaluate of iteration")
+        monkeypatch.setitem(COUNTS, "evaluate", worse_sampled if is_worse else fine)
+        work(label, *arguments, **named)
+
+    monkeypatch.setattr(stand_ins, "work", worse)
+    with pytest.raises(GuardError, match=r"evaluate of iteration 0: guard score_drop: .* fell by 50\.0%"):
+        run(make_config())
+    assert stand_ins.started == ALL[:6], "iteration 1 is not begun"
+    assert directory.kept.resolve() == tiny_model.resolve()
+    assert "stopped by a guard after evaluate of iteration 0" in describe(directory.path)
+    found = json.loads(directory.iteration(0).guards_path.read_text())
+    assert [entry["guard"] for entry in found["evaluate"]] == ["score_drop"]
+    with pytest.raises(GuardError):  # it stands where it stood
+        run(make_config())
+    assert stand_ins.started == []
+    screen = run(make_config(selfplay={"stop": False}))
+    assert stand_ins.started == ALL[6:]
+    assert "kept: theta_0 (best: held-out score (sampled))" in " ".join(screen.split())
+
+
+def test_a_guard_in_training_ends_the_loop(
+    run: Run, make_config: MakeConfig, stand_ins: StandIns, directory: RunDirectory
+) -> None:
+    stand_ins.fail_in, stand_ins.error = "train of iteration 1", GuardError("guard real_fall: fell")
+    with pytest.raises(GuardError):
+        run(make_config(selfplay={"keep": "last"}))
+    assert directory.kept.resolve() == directory.iteration(0).model
+    assert "failed in train of iteration 1" in describe(directory.path)
