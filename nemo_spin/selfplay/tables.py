@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,13 @@ from rich import box
 from rich.table import Table
 
 from nemo_spin.selfplay.displays import duration
+from nemo_spin.selfplay.guards import heldout_real_logps
 from nemo_spin.selfplay.results import IterationResults, iteration_results, number, read_evaluation
 from nemo_spin.selfplay.run_directory import RunDirectory
 from nemo_spin.selfplay.screen import Screen
 
+_REAL_PER_TOKEN = "heldout_policy_real_logps_per_token"
+_LARGEST_EXPONENT = 700.0  # beyond it a float overflows
 _TRAINING_ROWS = (
     ("loss", "loss"),
     ("margin", "margin"),
@@ -88,7 +92,9 @@ def show_run(screen: Screen, run: RunDirectory) -> None:
     """All models of the run, one row each, theta_0 first."""
     rows: list[tuple[str, IterationResults]] = []
     first = read_evaluation(run.iteration(0).opponent_evaluation_path)
-    rows.append(("theta_0", IterationResults(evaluation=first)))
+    before = heldout_real_logps(iteration_results(run, 0).training, "opponent")
+    measured = {} if before is None else {_REAL_PER_TOKEN: before}
+    rows.append(("theta_0", IterationResults(training=measured, evaluation=first)))
     for iteration in run.existing_iterations():
         rows.append((f"theta_{iteration + 1}", iteration_results(run, iteration)))
     columns = {
@@ -122,6 +128,12 @@ def _of(section: str, *path: str) -> Callable[[IterationResults], float | None]:
     return read
 
 
+def _perplexity(results: IterationResults) -> float | None:
+    """Of the held-out demonstrations: e to the mean negative log-probability per token."""
+    per_token = number(results.training, _REAL_PER_TOKEN)
+    return None if per_token is None else math.exp(min(-per_token, _LARGEST_EXPONENT))
+
+
 def _seconds(results: IterationResults) -> float | None:
     return sum(results.seconds.values()) if results.seconds else None
 
@@ -131,6 +143,7 @@ _COLUMNS = {
     "score greedy": _Column(_of("evaluation", "greedy", "score")),
     "length": _Column(_of("evaluation", "sampled", "mean_length")),
     "cut": _Column(_of("evaluation", "sampled", "cut_share"), percent),
+    "perplexity": _Column(_perplexity),
     "loss": _Column(_of("training", "heldout_loss")),
     "margin": _Column(_of("training", "heldout_margin")),
     "accuracy": _Column(_of("training", "heldout_accuracy")),

@@ -8,6 +8,7 @@ const MODEL_COLUMNS = [
   ['sampled_cut_share', 'cut', share, 0],
   ['policy_real_logps_per_token', 'real log‑prob per token', number, 1],
   ['policy_generated_logps_per_token', 'generated log‑prob per token', number, 0],
+  ['real_perplexity', 'perplexity of demonstrations', number, 0],
   ['loss', 'held‑out loss', number, 0],
   ['margin', 'held‑out margin', number, 0],
   ['accuracy', 'held‑out accuracy', share, 0],

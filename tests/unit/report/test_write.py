@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -37,6 +38,11 @@ def test_a_run_in_numbers(tmp_path: Path) -> None:
     evaluation = json.loads((tmp_path / "run/iter_01/evaluation.json").read_text())
     assert run["models"][2]["values"]["greedy_score"] == evaluation["greedy"]["score"]
     assert run["models"][0]["values"]["loss"] is None
+    training = run["parts"][0]["training"]
+    per_token = training["heldout_policy_real_logps_per_token"]
+    assert run["models"][1]["values"]["real_perplexity"] == pytest.approx(math.exp(-per_token))
+    ratio = training["heldout_opponent_real_logps"] / training["heldout_policy_real_logps"]
+    assert run["models"][0]["values"]["real_perplexity"] == pytest.approx(math.exp(-per_token * ratio))
     assert run["models"][3]["values"]["seconds"] == 310 + 95 + 900 + 21 + 64
     assert [part["curves"]["steps"] for part in run["parts"]] == [20, 20, 20]
     assert run["parts"][1]["times"]["train"] == {"seconds": 840.0, "attempts": 2}

@@ -99,6 +99,16 @@ def test_all_iterations(run: RunDirectory) -> None:
     assert str(run.iteration(0).model) in stream.getvalue()
 
 
+def test_perplexity_of_held_out_demonstrations(run: RunDirectory) -> None:
+    real = {"policy_real_logps": -24.0, "policy_real_logps_per_token": -2.0, "opponent_real_logps": -18.0}
+    measured = {f"heldout_{name}": value for name, value in real.items()}
+    write_manifest(run.iteration(0).train, stage="train", files=[], inputs={}, counts={**TRAINED, **measured})
+    stream = StringIO()
+    show_run(Screen(stream), run)
+    (theta_0, theta_1) = (row for row in lines(stream) if row[0].startswith("theta_"))
+    assert theta_0[5] == "4.482" and theta_1[5] == "7.389"  # e^(18/12) and e^(24/12)
+
+
 def test_nothing_yet(tmp_path: Path) -> None:
     stream = StringIO()
     show_run(Screen(stream), RunDirectory(tmp_path))
