@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nemo_spin.config.schema import GuardsConfig
+from nemo_spin.config.schema import GuardsConfig, SchedConfig
 from nemo_spin.data.columns import SCORED
+from nemo_spin.megatron.learning_rate import learning_rate
 from nemo_spin.selfplay.guards import of_training
 from tests.distributed import reference
 from tests.distributed.harness import run_ranks
@@ -60,6 +61,7 @@ def _fit(
     changes: dict[str, Any] | None = None,
     on_step: Callable[..., None] | None = None,
     stop: bool = True,
+    max_steps: int | None = None,
 ) -> dict[str, Any]:
     from nemo_spin.config.schema import Config, ModelConfig
     from nemo_spin.data.progress import SilentProgress
@@ -84,7 +86,7 @@ def _fit(
         spin={"loss": "logistic", "beta": 1.0},
         lr=1e-3,
         epochs=EPOCHS,
-        max_steps=None,
+        max_steps=max_steps,
         seed=5,
         iteration=0,
         model=model,
@@ -237,7 +239,7 @@ def test_every_logger_is_fed_wandb_too(tmp_path: Path) -> None:
     assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(expected)
 
 
-def test_identical_pairs_are_dropped_and_counted(tmp_path: Path) -> None:
+def test_identical_pairs_are_dropped_and_an_early_stop_keeps_the_schedule(tmp_path: Path) -> None:
     model_dir = reference.make_model(tmp_path / "model")
     _write_scored(model_dir, tmp_path / "scored", shift=0.0)
     path = tmp_path / "scored" / "train-iter_00-shard-00000-of-00001.parquet"
@@ -245,9 +247,16 @@ def test_identical_pairs_are_dropped_and_counted(tmp_path: Path) -> None:
     for row in rows[:3]:  # what the model would answer at its best
         row["generated_ids"], row["opponent_generated_logps"] = row["real_ids"], row["opponent_real_logps"]
     pq.write_table(pa.Table.from_pylist(rows, SCORED), path)
-    result = run_ranks(_fit, 1, model_dir, tmp_path / "scored", tmp_path, 1, 1)
-    assert result["identical_pairs"] == 3 and result["pairs"] == EPOCHS * (ROWS - 3)
-    assert result["steps"] == EPOCHS * 2 and result["first_loss"] == pytest.approx(0.693147, abs=1e-4)
+    planned = EPOCHS * 2  # of 7 pairs in batches of 4
+    result = run_ranks(_fit, 1, model_dir, tmp_path / "scored", tmp_path, 1, 1, None, 1e-3, True, planned - 1)
+    assert result["identical_pairs"] == 3 and result["pairs"] == 4 + 3 + 4
+    assert result["steps"] == planned - 1 and result["first_loss"] == pytest.approx(0.693147, abs=1e-4)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [line["lr"] for line in lines if line["split"] == "train"]
+    schedule = [
+        learning_rate(step, num_steps=planned, peak=1e-3, sched=SchedConfig()) for step in range(planned - 1)
+    ]
+    assert found == pytest.approx(schedule) and found[-1] > 0
 
 
 # last: NeMo's OneLogger keeps a span open after a training that was stopped
