@@ -76,7 +76,7 @@ class _Builder:
 
     def section(self, default: Any, values: Any, key: str) -> Any:
         """The dataclass instance `default` with what `values` gives; wrong values are left as they are."""
-        section = type(default)
+        section: type = type(default)
         if values is None or values == MISSING:  # an empty section of a YAML file
             return default
         if not isinstance(values, Mapping):

@@ -9,7 +9,7 @@ is looked at again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -268,7 +268,7 @@ def _drift(mean: float | None, real: float | None) -> float | None:
     return max(mean / real, real / mean) if mean and real else None
 
 
-def _reader(numbers: Numbers) -> Any:
+def _reader(numbers: Numbers) -> Callable[[str], float | None]:
     def get(name: str) -> float | None:
         value = numbers.get(name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
