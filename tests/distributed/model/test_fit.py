@@ -61,7 +61,6 @@ def _fit(
     changes: dict[str, Any] | None = None,
     on_step: Callable[..., None] | None = None,
     stop: bool = True,
-    max_steps: int | None = None,
 ) -> dict[str, Any]:
     from nemo_spin.config.schema import Config, ModelConfig
     from nemo_spin.data.progress import SilentProgress
@@ -86,7 +85,7 @@ def _fit(
         spin={"loss": "logistic", "beta": 1.0},
         lr=1e-3,
         epochs=EPOCHS,
-        max_steps=max_steps,
+        max_steps=None,
         seed=5,
         iteration=0,
         model=model,
@@ -248,7 +247,8 @@ def test_identical_pairs_are_dropped_and_an_early_stop_keeps_the_schedule(tmp_pa
         row["generated_ids"], row["opponent_generated_logps"] = row["real_ids"], row["opponent_real_logps"]
     pq.write_table(pa.Table.from_pylist(rows, SCORED), path)
     planned = EPOCHS * 2  # of 7 pairs in batches of 4
-    result = run_ranks(_fit, 1, model_dir, tmp_path / "scored", tmp_path, 1, 1, None, 1e-3, True, planned - 1)
+    early = {"max_steps": planned - 1}
+    result = run_ranks(_fit, 1, model_dir, tmp_path / "scored", tmp_path, 1, 1, None, early)
     assert result["identical_pairs"] == 3 and result["pairs"] == 4 + 3 + 4
     assert result["steps"] == planned - 1 and result["first_loss"] == pytest.approx(0.693147, abs=1e-4)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
