@@ -24,6 +24,7 @@ from nemo_spin.config.pipeline_rules import (
 )
 from nemo_spin.config.recompute_rules import RECOMPUTE_KEYS, recomputation_is_of_one_kind
 from nemo_spin.config.schema import Config
+from nemo_spin.config.server_rules import SERVER_KEYS, server_is_for_its_engine
 
 _RANKS = ("trainer.devices", "trainer.num_nodes")
 _SIZES = (
@@ -321,6 +322,7 @@ RELATIONS: tuple[Relation, ...] = (
     Relation(("model.optim.betas",), _two_betas),
     Relation(("data.prompt_template",), _template_has_a_place_for_the_prompt),
     Relation(("generation.num_generations", "generation.temperature"), _several_generations_need_chance),
+    Relation(SERVER_KEYS, server_is_for_its_engine),
     Relation(("spin.loss",), loss_is_known_or_a_function),
     Relation(GUARD_KEYS, a_guard_warns_before_it_stops),
     Relation(HISTORY_KEYS, mixture_has_an_amount_for_each_age),

@@ -164,7 +164,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "data.format": ("messages", "prompt_response", "spin"),
     "data.overlong_prompt": ("quarantine", "truncate_left"),
     "data.overlong_response": ("truncate", "quarantine"),
-    "generation.engine": ("vllm",),
+    "generation.engine": ("vllm", "vllm_server"),
     "generation.keep_engine": ("auto", "always", "never"),
     "generation.dtype": ("auto", "float32", "bfloat16", "float16"),
     "trainer.accelerator": ("auto", "gpu", "cpu"),
@@ -194,6 +194,7 @@ TEXTS: tuple[str, ...] = (
     "data.prompt_template",
     "data.system_prompt",
     "generation.python",
+    "generation.server",
     "evaluation.scorer",
 )
 

@@ -199,7 +199,10 @@ class DataConfig:
 class GenerationConfig:
     """How the opponent answers the training prompts."""
 
-    engine: str = "vllm"
+    engine: str = "vllm"  # vllm | vllm_server: one that is running, at `server`
+    # Such as http://127.0.0.1:8000, started with VLLM_SERVER_DEV_MODE=1 and for this run alone. It
+    # takes orders from whoever reaches it: the loopback interface or a trusted network, nothing else.
+    server: str | None = None
     python: str | None = None  # interpreter of the worker; null: this one, else .venv-vllm
     num_generations: int = 1  # per prompt
     temperature: Any = 1.0

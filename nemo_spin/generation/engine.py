@@ -1,7 +1,7 @@
 """What this package asks of a sampler, whichever it is.
 
-An engine answers token ids with token ids. Today one implementation lives in the
-worker's process (`vllm_offline`); one that speaks to a server has the same face.
+An engine answers token ids with token ids. One implementation lives in the worker's
+process (`vllm_offline`), one speaks to a server (`vllm_server`).
 """
 
 from __future__ import annotations
@@ -65,10 +65,12 @@ class Engine(Protocol):
     """A loaded model that answers prompts.
 
     Attributes:
-        device: What it computes on: `cpu`, or the kind of accelerator.
+        is_new: Whether it was started for its first weights, or was there and took them.
+        device: What it computes on: `cpu`, the kind of accelerator, or `server`.
         can_refresh: Whether `refresh` is something it can do.
     """
 
+    is_new: bool
     device: str
     can_refresh: bool
 

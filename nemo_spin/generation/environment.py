@@ -9,14 +9,26 @@ import sys
 from pathlib import Path
 
 import nemo_spin
+from nemo_spin.config.schema import GenerationConfig
 from nemo_spin.errors import ConfigError, explain
 
 _PYTHON = Path("bin") / "python"
 _ENVIRONMENT = ".venv-vllm"
 
 
+def sampler_python(generation: GenerationConfig) -> str:
+    """The interpreter of the sampler's process; it needs no vLLM where a server has it.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if generation.engine == "vllm_server" and generation.python is None:
+        return sys.executable
+    return find_python(generation.python)
+
+
 def find_python(configured: str | None) -> str:
-    """The interpreter of the sampler's process.
+    """An interpreter that has vLLM.
 
     Args:
         configured: `generation.python`. None: the running interpreter if it has vLLM,

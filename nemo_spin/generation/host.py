@@ -25,9 +25,15 @@ def open_engine(settings: EngineSettings) -> Engine:
                 from nemo_spin.generation.vllm_offline import VllmOffline
 
                 return VllmOffline(settings)
+            case "vllm_server":
+                from nemo_spin.generation.vllm_server import VllmServer
+
+                return VllmServer(settings)
             case name:
                 raise GenerationError(
-                    explain("generation.engine", found=name, rule="vllm", remedy="set it to vllm")
+                    explain(
+                        "generation.engine", found=name, rule="vllm or vllm_server", remedy="set it to one"
+                    )
                 )
     except NemoSpinError:
         raise
@@ -63,8 +69,8 @@ class EngineHost:
         canary = _readable(request.canary, settings)
         if self._engine is None:
             steps.step(status.LOAD, settings.model_dir)
-            way, before = status.STARTED, None
-            self._engine = open_engine(settings)
+            self._engine, before = open_engine(settings), None
+            way = status.STARTED if self._engine.is_new else status.REFRESHED
         else:
             assert self._settings is not None, "an engine has settings"
             assert self._settings.fits(settings), "the parent gives an engine what it can take"

@@ -33,6 +33,7 @@ class EngineSettings:
         kv_numbers_per_token: Numbers kept for a token on each device.
         vocab_size: Rows of the embedding.
         model_sha256: Hash of the model: an engine that has it needs no other weights.
+        server: Address of the server that has the model; None: this is not a server's.
     """
 
     name: str
@@ -45,6 +46,7 @@ class EngineSettings:
     kv_numbers_per_token: int
     vocab_size: int
     model_sha256: str
+    server: str | None = None
 
     def fits(self, other: EngineSettings) -> bool:
         """Whether an engine with these settings answers like one with `other`, given its weights."""

@@ -21,7 +21,7 @@ from nemo_spin.data.row_writer import ROW_GROUP_ROWS
 from nemo_spin.errors import ConfigError, DataError, explain
 from nemo_spin.generation.counts import count_answers
 from nemo_spin.generation.engine import Sampling
-from nemo_spin.generation.environment import find_python, python_path
+from nemo_spin.generation.environment import python_path, sampler_python
 from nemo_spin.generation.job import NothingToDo, RunningGeneration, SamplerJob, Timeouts
 from nemo_spin.generation.keeper import EngineKeeper
 from nemo_spin.generation.process import Interpreter
@@ -207,7 +207,7 @@ def start(
     if keep_sound_shards(request, progress) == 0:
         return NothingToDo()
     _check_model(model_dir)
-    python = find_python(config.generation.python)
+    python = sampler_python(config.generation)
     return SamplerJob(
         request=request,
         request_path=request_path,
@@ -333,6 +333,7 @@ def _engine_settings(
         kv_numbers_per_token=2 * architecture.num_layers * groups * architecture.head_dim,
         vocab_size=architecture.vocab_size,
         model_sha256=passes[0].model_sha256 if passes else "",
+        server=generation.server,
     )
 
 

@@ -7,13 +7,12 @@ environment, so nothing else lives in that process.
 from __future__ import annotations
 
 import io
-import math
 import os
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
-from nemo_spin.errors import GenerationError, explain
+from nemo_spin.generation.answers import checked_answer, unexpected
 from nemo_spin.generation.capacity import kv_cache_bytes, memory_bytes
 from nemo_spin.generation.engine import Answer, Prompt, Sampling
 from nemo_spin.generation.refresh import can_reload, reload_weights
@@ -67,6 +66,8 @@ class VllmOffline:
         Exception: Whatever vLLM raises.
     """
 
+    is_new = True
+
     def __init__(self, settings: EngineSettings) -> None:
         prepare_environment(settings)
         import vllm
@@ -117,14 +118,14 @@ class VllmOffline:
         # What is cached decides which tokens are computed together, and so the last bits of
         # a number: an answer must not depend on what was asked before.
         if not self._llm.reset_prefix_cache():
-            raise _unexpected("it did not give up its prefix cache")
+            raise unexpected("it did not give up its prefix cache")
         outputs = self._llm.generate(
             [{"prompt_token_ids": prompt.token_ids} for prompt in prompts],
             [self._sampling_params(prompt, sampling) for prompt in prompts],
             use_tqdm=_progress_bar(on_done),
         )
         if len(outputs) != len(prompts):
-            raise _unexpected(f"{len(outputs)} answers to {len(prompts)} prompts")
+            raise unexpected(f"{len(outputs)} answers to {len(prompts)} prompts")
         return [_answer(output, prompt, sampling) for output, prompt in zip(outputs, prompts, strict=True)]
 
     def logps(self, texts: Sequence[list[int]]) -> list[list[float]]:
@@ -138,7 +139,7 @@ class VllmOffline:
         for text, output in zip(texts, outputs, strict=True):
             entries = output.prompt_logprobs
             if entries is None or len(entries) != len(text):
-                raise _unexpected("a prompt without the log-probability of each token")
+                raise unexpected("a prompt without the log-probability of each token")
             values.append(
                 [float(entry[token].logprob) for entry, token in zip(entries[1:], text[1:], strict=True)]
             )
@@ -182,50 +183,13 @@ def _progress_bar(on_done: Callable[[int], None]) -> Callable[..., Any]:
 
 
 def _answer(output: Any, prompt: Prompt, sampling: Sampling) -> Answer:
-    """Takes what vLLM returned, and checks all that later stages rely on."""
+    """Takes what vLLM returned."""
     if not output.finished or len(output.outputs) != 1:
-        raise _unexpected("an answer that is not finished")
+        raise unexpected("an answer that is not finished")
     completion = output.outputs[0]
     token_ids = [int(token) for token in completion.token_ids]
-    stops = [position for position, token in enumerate(token_ids) if token in sampling.stop_token_ids]
-    match completion.finish_reason:
-        case "stop":
-            is_sound = stops == [len(token_ids) - 1]
-        case "length":
-            is_sound = not stops and len(token_ids) == prompt.max_tokens
-        case reason:
-            raise _unexpected(f"an answer that ended by {reason!r}")
-    if not is_sound:
-        raise _unexpected(
-            f"an answer of {len(token_ids)} tokens (at most {prompt.max_tokens}), "
-            f"stop tokens at {stops[:5]}, that ended by {completion.finish_reason!r}"
-        )
     logprobs = completion.logprobs
     if logprobs is None or len(logprobs) != len(token_ids):
-        raise _unexpected("an answer without the log-probability of each token")
+        raise unexpected("an answer without the log-probability of each token")
     logps = [float(entry[token].logprob) for entry, token in zip(logprobs, token_ids, strict=True)]
-    if not all(map(math.isfinite, logps)):
-        raise _not_finite()
-    return Answer(token_ids, logps, str(completion.finish_reason))
-
-
-def _not_finite() -> GenerationError:
-    return GenerationError(
-        explain(
-            "vLLM",
-            found="drew tokens whose log-probability is not a finite number",
-            rule="a model gives every token it draws a probability",
-            remedy="its numbers overflow: try generation.dtype=float32, or look at the model's weights",
-        )
-    )
-
-
-def _unexpected(found: str) -> GenerationError:
-    return GenerationError(
-        explain(
-            "vLLM",
-            found=f"returned {found}",
-            rule="each prompt gets one answer that ends with its first stop token, or is cut at the limit",
-            remedy="use a version of vLLM this package was tested with (pyproject.toml names it)",
-        )
-    )
+    return checked_answer(token_ids, logps, completion.finish_reason, prompt=prompt, sampling=sampling)

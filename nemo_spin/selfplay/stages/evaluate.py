@@ -9,7 +9,7 @@ from nemo_spin.data.files import Manifest, write_json
 from nemo_spin.data.progress import Progress
 from nemo_spin.evaluate import heldout
 from nemo_spin.evaluate.scorer import load_scorer, scorer_sha256
-from nemo_spin.generation.environment import find_python
+from nemo_spin.generation.environment import sampler_python
 from nemo_spin.selfplay.inputs import config_inputs
 from nemo_spin.selfplay.results import read_evaluation
 from nemo_spin.selfplay.run_directory import IterationDirectory
@@ -67,7 +67,7 @@ class EvaluateStage(Stage):
     def check(self) -> None:
         """There must be an interpreter for the sampler, and the scorer must be importable."""
         config = self.context.config
-        find_python(config.generation.python)
+        sampler_python(config.generation)
         if config.evaluation.scorer is not None:
             load_scorer(config.evaluation.scorer)
 

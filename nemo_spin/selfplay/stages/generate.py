@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_spin.data.files import Manifest
 from nemo_spin.data.progress import Progress
-from nemo_spin.generation.environment import find_python
+from nemo_spin.generation.environment import sampler_python
 from nemo_spin.generation.given import write_given
 from nemo_spin.generation.stage import finish, generate
 from nemo_spin.selfplay.stages.engine_notes import describe_engine, write_engine_line
@@ -40,7 +40,7 @@ class GenerateStage(Stage):
     def check(self) -> None:
         """There must be an interpreter for the sampler, where there is something to sample."""
         if not self.is_given:
-            find_python(self.context.config.generation.python)
+            sampler_python(self.context.config.generation)
 
     def settings(self) -> dict[str, Any]:
         """See `Stage`; how answers are sampled does not matter where they are given."""

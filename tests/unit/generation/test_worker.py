@@ -29,6 +29,7 @@ class Echo:
         self.calls: list[tuple[list[Prompt], Sampling]] = []
         self._fail_at = fail_at
 
+    is_new = True
     device = "cpu"
     can_refresh = True
 
@@ -111,6 +112,20 @@ def test_an_engine_that_fails_is_named_with_its_shard(
     with pytest.raises(GenerationError, match=r"train-shard-00002-of-00003.*engine is dead"):
         _run(request_of(), Echo(fail_at=2))
     assert len(list((tmp_path / "out").glob("*.parquet"))) == 2
+
+
+@pytest.mark.parametrize(("is_new", "way"), [(True, "started"), (False, "refreshed")])
+def test_a_server_that_was_there_is_not_called_started(
+    request_of: Callable[..., GenerationRequest], monkeypatch: pytest.MonkeyPatch, is_new: bool, way: str
+) -> None:
+    request, engine = request_of(), Echo()
+    engine.is_new = is_new
+    monkeypatch.setattr(host, "open_engine", lambda _settings: engine)
+    assert worker.serve(request, host.EngineHost()) == 0
+    reader = StatusReader(Path(request.status_path))
+    reader.poll()
+    assert reader.opened is not None
+    assert reader.opened.way == way
 
 
 def test_an_error_is_handed_to_the_parent(

@@ -61,6 +61,7 @@ WITHOUT_EFFECT = {
     "export.checkpoint",  # the hash of its files counts
     "export.output",
     "generation.python",
+    "generation.server",
     "generation.tensor_parallel_size",
     "generation.replicas",
     "generation.shard_rows",

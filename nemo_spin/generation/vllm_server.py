@@ -1,0 +1,172 @@
+"""A vLLM server that somebody else started: prompts over HTTP, new weights into it.
+
+The server (verified with vLLM 0.32) has to be started with `VLLM_SERVER_DEV_MODE=1`, which
+lets whoever reaches it have any code of the server's called: it belongs on the loopback
+interface, or in a network where everybody is trusted. It reads the directories of the run
+itself, so both see the same file system.
+
+| step | request |
+|---|---|
+| stop the answers under way | `POST /pause?mode=abort` |
+| other weights | `POST /collective_rpc`, `reload_weights` with the directory |
+| keys and values of the old ones | `POST /reset_prefix_cache` |
+| go on | `POST /resume` |
+
+Requests that arrive together are computed together, so the last bits of a number may differ
+from run to run; with `generation.engine=vllm` they do not. A failed exchange leaves a mixture behind:
+the server has to be started anew, by whoever started it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+from nemo_spin.errors import GenerationError, explain
+from nemo_spin.generation.answers import checked_answer, unexpected
+from nemo_spin.generation.engine import Answer, Prompt, Sampling
+from nemo_spin.generation.refresh import PATH_ARGUMENT, RELOAD
+from nemo_spin.generation.request import EngineSettings
+
+# Servers are inside the cluster: a proxy for the way out does not know them.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class VllmServer:
+    """A running server, given the weights of a directory; see `engine.Engine`.
+
+    Its own limits on time are the stage's: the parent process ends this one.
+
+    Args:
+        settings: `server` is its address.
+
+    Raises:
+        GenerationError: It does not answer, has too short a context, or does not take weights.
+    """
+
+    is_new = False
+    device = "server"
+    can_refresh = True
+
+    def __init__(self, settings: EngineSettings) -> None:
+        assert settings.server is not None, "relations: a server has an address"
+        self._address = settings.server.rstrip("/")
+        self._max_num_seqs = settings.max_num_seqs
+        served = self._get("/v1/models")["data"][0]
+        self._model = str(served["id"])
+        if int(served["max_model_len"]) < settings.max_model_len:
+            raise GenerationError(
+                explain(
+                    f"generation.server={self._address}",
+                    found=f"was started for {served['max_model_len']} tokens",
+                    rule=f"the longest prompt and its answer have {settings.max_model_len}",
+                    remedy=f"start it with --max-model-len {settings.max_model_len}, "
+                    "or lower data.max_prompt_length or generation.max_tokens",
+                )
+            )
+        self.refresh(settings.model_dir)
+
+    def answer(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_done: Callable[[int], None]
+    ) -> list[Answer]:
+        """See `Engine.answer`; the last bits of a number may depend on what is asked beside it."""
+        with ThreadPoolExecutor(self._max_num_seqs) as pool:
+            futures = [pool.submit(self._answer_one, prompt, sampling) for prompt in prompts]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    on_done(1)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [future.result() for future in futures]
+
+    def logps(self, texts: Sequence[list[int]]) -> list[list[float]]:
+        """See `Engine.logps`."""
+        with ThreadPoolExecutor(self._max_num_seqs) as pool:
+            return list(pool.map(self._logps_of, texts))
+
+    def refresh(self, model_dir: str) -> None:
+        """See `Engine.refresh`; answers to others' requests are cut.
+
+        Raises:
+            GenerationError: The server refused, or still uses keys and values of the old weights.
+        """
+        self._post("/pause?mode=abort")
+        self._post("/collective_rpc", {"method": RELOAD, "kwargs": {PATH_ARGUMENT: model_dir}})
+        if self._post("/reset_prefix_cache").get("success") is not True:
+            raise unexpected("no word that it gave up keys and values of the weights it had before")
+        self._post("/resume")
+
+    def _answer_one(self, prompt: Prompt, sampling: Sampling) -> Answer:
+        choice = self._complete(
+            prompt.token_ids,
+            max_tokens=prompt.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=prompt.seed,
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,  # the stop ids say all
+            logprobs=0,  # of the drawn token alone
+        )
+        logps = (choice.get("logprobs") or {}).get("token_logprobs") or []
+        return checked_answer(
+            choice["token_ids"], logps, choice["finish_reason"], prompt=prompt, sampling=sampling
+        )
+
+    def _logps_of(self, text: list[int]) -> list[float]:
+        entries = self._complete(text, max_tokens=1, temperature=0.0, prompt_logprobs=0)["prompt_logprobs"]
+        if not isinstance(entries, list) or len(entries) != len(text):
+            raise unexpected("a prompt without the log-probability of each token")
+        return [
+            float(entry[str(token)]["logprob"]) for entry, token in zip(entries[1:], text[1:], strict=True)
+        ]
+
+    def _complete(self, token_ids: list[int], **settings: Any) -> dict[str, Any]:
+        body = {"model": self._model, "prompt": token_ids, "return_token_ids": True, **settings}
+        choices = self._post("/v1/completions", body)["choices"]
+        if len(choices) != 1:
+            raise unexpected(f"{len(choices)} answers to one prompt")
+        choice: dict[str, Any] = choices[0]
+        return choice
+
+    def _get(self, path: str) -> dict[str, Any]:
+        return self._send(urllib.request.Request(self._address + path))
+
+    def _post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        data = json.dumps(body or {}).encode()
+        headers = {"Content-Type": "application/json"}
+        return self._send(urllib.request.Request(self._address + path, data, headers))
+
+    def _send(self, request: urllib.request.Request) -> dict[str, Any]:
+        try:
+            with _OPENER.open(request) as response:
+                content = response.read()
+            answer = json.loads(content) if content else {}
+        except urllib.error.HTTPError as error:
+            raise self._refused(request, f"{error.code} {error.reason}: {_first_line(error)}") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise self._refused(request, f"{type(error).__name__}: {error}") from error
+        return answer if isinstance(answer, dict) else {}
+
+    def _refused(self, request: urllib.request.Request, found: str) -> GenerationError:
+        return GenerationError(
+            explain(
+                f"generation.server={self._address}",
+                found=f"{request.selector} was answered by {found}"[:300],
+                rule="a vLLM server that answers, and takes other weights",
+                remedy="is it up, and was it started with VLLM_SERVER_DEV_MODE=1? "
+                "after a failed exchange of weights start it anew",
+            )
+        )
+
+
+def _first_line(error: urllib.error.HTTPError) -> str:
+    lines = error.read(2000).decode(errors="replace").strip().splitlines()
+    return lines[0] if lines else ""
