@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from torch import Tensor, distributed, nn
 
 from nemo_spin.bridge.agreement import from_first_rank, merged, together
-from nemo_spin.bridge.checkpoint_files import open_model
+from nemo_spin.bridge.checkpoint_files import Checkpoint, open_model
 from nemo_spin.bridge.companions import copy_companions
 from nemo_spin.bridge.export_files import (
     CARD_NAME,
@@ -101,19 +101,19 @@ def export_weights(
         def begin() -> Path:
             if not is_first:
                 return out_dir  # told below where to write
-            with _storage_errors(out_dir):
+            with storage_errors(out_dir):
                 directory = stack.enter_context(atomic_directory(out_dir))
                 create_files(plan, directory)
             return directory
 
         def write() -> None:
-            with _storage_errors(out_dir):
-                _write(parameters, plan, directory=directory, progress=progress)
+            with storage_errors(out_dir):
+                write_placed(parameters, plan, directory=directory, progress=progress)
 
         def finish() -> Manifest | None:
             if not is_first:
                 return None
-            with _storage_errors(out_dir):
+            with storage_errors(out_dir):
                 return _finish(
                     plan,
                     directory,
@@ -124,7 +124,7 @@ def export_weights(
                 )
 
         def hash_files() -> dict[str, str]:
-            with _storage_errors(out_dir):
+            with storage_errors(out_dir):
                 return _hashes_of_own_share(plan, directory)
 
         directory = from_first_rank(together(begin))
@@ -184,7 +184,8 @@ def _finish(
 
 
 @contextlib.contextmanager
-def _storage_errors(out_dir: Path) -> Iterator[None]:
+def storage_errors(out_dir: Path) -> Iterator[None]:
+    """Says of an error of the file system which directory could not be written."""
     try:
         yield
     except OSError as error:
@@ -200,7 +201,7 @@ def _storage_errors(out_dir: Path) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _write(parameters: list[Placed], plan: ExportPlan, *, directory: Path, progress: Progress) -> None:
+def write_placed(parameters: list[Placed], plan: ExportPlan, *, directory: Path, progress: Progress) -> None:
     """Writes this rank's share. All ranks of a tensor-parallel group must call."""
     parameters = [placed for placed in parameters if placed.is_first_replica]
     writer = BlockWriter(directory)
@@ -266,15 +267,24 @@ def verify_export(model_chunks: Sequence[nn.Module], out_dir: Path, architecture
 
     def compare() -> None:
         checkpoint = open_model(out_dir, architecture)
-        for placed in place(model_chunks, architecture):
-            for piece in placed.pieces:
-                stored = checkpoint.tensors[piece.tensor]
-                for block in row_blocks(piece, ITEM_SIZES[stored.dtype]):
-                    held = tensor_to_bits(view(placed.parameter, block).to(TORCH_DTYPES[stored.dtype]))
-                    if not np.array_equal(held, checkpoint.read(piece.tensor, block.stored)):
-                        raise _differs(stored, block, placed)
+        compare_placed(place(model_chunks, architecture), checkpoint)
 
     together(compare)
+
+
+def compare_placed(parameters: list[Placed], checkpoint: Checkpoint) -> None:
+    """Compares this rank's parameters with what is stored, bit for bit in the stored type.
+
+    Raises:
+        ExportError: One differs.
+    """
+    for placed in parameters:
+        for piece in placed.pieces:
+            stored = checkpoint.tensors[piece.tensor]
+            for block in row_blocks(piece, ITEM_SIZES[stored.dtype]):
+                held = tensor_to_bits(view(placed.parameter, block).to(TORCH_DTYPES[stored.dtype]))
+                if not np.array_equal(held, checkpoint.read(piece.tensor, block.stored)):
+                    raise _differs(stored, block, placed)
 
 
 def _differs(stored: StoredTensor, block: Piece, placed: Placed) -> ExportError:

@@ -16,6 +16,7 @@ from nemo_spin.bridge.families import family_of
 from nemo_spin.bridge.mappings import Mapping, Piece, Share
 from nemo_spin.errors import CheckpointError, explain
 from nemo_spin.megatron.architecture import Architecture
+from nemo_spin.megatron.lora import is_adapter
 
 BLOCK_BYTES = 8 << 20  # most that is copied at once
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -59,7 +60,7 @@ def unwrapped(chunk: nn.Module) -> nn.Module:
 
 
 def place(model_chunks: Sequence[nn.Module], architecture: Architecture) -> list[Placed]:
-    """All parameters of this rank, in the model's order, which is the same on all TP ranks.
+    """All parameters of this rank but adapters', in the model's order, the same on all TP ranks.
 
     Raises:
         CheckpointError: A parameter is not in the family's table, or has another shape
@@ -69,6 +70,7 @@ def place(model_chunks: Sequence[nn.Module], architecture: Architecture) -> list
         _placed(name, parameter, chunk=chunk, architecture=architecture)
         for chunk in map(unwrapped, model_chunks)
         for name, parameter in chunk.named_parameters()
+        if not is_adapter(name)
     ]
 
 

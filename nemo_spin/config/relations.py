@@ -13,6 +13,12 @@ from nemo_spin.config.expert_rules import experts_divide_the_ranks
 from nemo_spin.config.fp8_rules import FP8_KEYS, fp8_has_what_it_needs
 from nemo_spin.config.guard_rules import GUARD_KEYS, a_guard_warns_before_it_stops
 from nemo_spin.config.history_rules import HISTORY_KEYS, mixture_has_an_amount_for_each_age
+from nemo_spin.config.lora_rules import (
+    adapters_are_there_to_be_exported,
+    archives_hold_whole_models,
+    new_adapters_have_new_state,
+    targets_are_listed_once,
+)
 from nemo_spin.config.loss_rules import loss_is_known_or_a_function
 from nemo_spin.config.mistakes import Mistake, mistake
 from nemo_spin.config.optimizer_rules import OFFLOADING_KEYS, offloading_is_for_a_sharded_adam_on_gpus
@@ -320,6 +326,13 @@ RELATIONS: tuple[Relation, ...] = (
     Relation(("model.transformer_impl", "trainer.accelerator"), _transformer_engine_needs_a_gpu),
     Relation(FP8_KEYS, fp8_has_what_it_needs),
     Relation(("model.optim.betas",), _two_betas),
+    Relation(("model.lora.target_modules",), targets_are_listed_once),
+    Relation(("model.lora.rank", "model.lora.export_adapter"), adapters_are_there_to_be_exported),
+    Relation(("model.lora.rank", "model.optim.carry_over"), new_adapters_have_new_state),
+    Relation(
+        ("model.lora.rank", "exp_manager.checkpoint_callback_params.save_nemo_on_train_end"),
+        archives_hold_whole_models,
+    ),
     Relation(("data.prompt_template",), _template_has_a_place_for_the_prompt),
     Relation(("generation.num_generations", "generation.temperature"), _several_generations_need_chance),
     Relation(SERVER_KEYS, server_is_for_its_engine),

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from nemo_spin.config.lora_rules import LORA_TARGETS
 from nemo_spin.config.schema import GuardsConfig
 
 
@@ -70,6 +71,9 @@ RANGES: dict[str, Range] = {
     "model.global_batch_size": _COUNT,
     "model.recompute_num_layers": _COUNT,
     "model.optimizer_offload_fraction": Range(above=0, high=1),
+    "model.lora.rank": _COUNT,
+    "model.lora.alpha": _POSITIVE,
+    "model.lora.dropout": Range(low=0, below=1),
     "model.optim.weight_decay": Range(low=0),
     "model.optim.eps": _POSITIVE,
     "model.optim.alpha": Range(low=0, below=1),
@@ -151,6 +155,7 @@ LISTS: dict[str, Range] = {
 
 # A name, or a list of such names.
 NAMES: dict[str, tuple[str, ...]] = {
+    "model.lora.target_modules": LORA_TARGETS,
     "model.packing": ("shared_prompt", "pairs", "none"),
     "model.transformer_impl": ("auto", "transformer_engine", "local"),
     "model.fp8": ("hybrid", "e4m3"),

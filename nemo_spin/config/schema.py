@@ -38,6 +38,17 @@ class OptimConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters: train A and B of W + alpha / rank * B A, with W frozen."""
+
+    rank: int | None = None  # null: no adapters, all weights are trained
+    alpha: float = 32.0  # updates are scaled by alpha / rank
+    dropout: float = 0.0  # of the adapters' inputs, while training
+    target_modules: list[str] | None = None  # of q_proj, k_proj, v_proj, o_proj, gate_proj, ...; null: all
+    export_adapter: bool = False  # write each iteration's adapter as `peft` does, beside the merged model
+
+
+@dataclass
 class ModelConfig:
     """The policy: theta_0 and how Megatron holds and trains it."""
 
@@ -69,6 +80,7 @@ class ModelConfig:
     optimizer_cpu_offload: bool = False  # adam on GPUs: a share of its state and updates on the CPU
     optimizer_offload_fraction: float = 1.0  # that share
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Resume checkpoints: Megatron's distributed checkpoints, written so that one is whole or not there.
 
-A checkpoint holds weights, optimizer state and a small dictionary of the caller's. It can
-be loaded at any other tensor, pipeline or data-parallel size, whether the optimizer is
-sharded or not. `checkpoint_files.py` says how a whole one is recognised.
+A checkpoint holds weights (of a model with adapters: those alone), optimizer state and a
+small dictionary of the caller's. It can be loaded at any other tensor, pipeline or data-parallel
+size, whether the optimizer is sharded or not. `checkpoint_files.py` says how a whole one is recognised.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from nemo_spin.megatron.checkpoint_files import (
 )
 from nemo_spin.megatron.compat import save_asynchronously
 from nemo_spin.megatron.engine import Engine
+from nemo_spin.megatron.lora_checkpoint import load_model_state, model_state
 from nemo_spin.megatron.optimizer_state import num_updates, sharded_optimizer_state, take_loaded
 from nemo_spin.megatron.runtime import Runtime, first_rank_writes
 
@@ -134,7 +135,7 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
     with _explained(path):
         loaded = dist_checkpointing.load(state, str(path))
         for key, module in _modules(engine).items():
-            module.load_state_dict(loaded[key])
+            load_model_state(module, loaded[key])
         if engine.optimizer is not None:
             take_loaded(engine.optimizer, updates=loaded[_UPDATES])
     common: dict[str, Any] = loaded.get("common", {})  # Megatron's own have none
@@ -167,7 +168,7 @@ def _modules(engine: Engine) -> dict[str, Any]:
 
 def _model_state(engine: Engine) -> dict[str, Any]:
     engine.settle()
-    return {key: module.sharded_state_dict(metadata={}) for key, module in _modules(engine).items()}
+    return {key: model_state(module, {}) for key, module in _modules(engine).items()}
 
 
 def _sharded_state(engine: Engine) -> dict[str, Any]:

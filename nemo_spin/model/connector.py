@@ -64,9 +64,19 @@ class MegatronSaveRestoreConnector(SaveRestoreConnector):
         nodes see; the first rank packs.
 
         Raises:
+            ConfigError: The model has adapters.
             DataError: The disk is full. What lay at `save_path` is unharmed.
         """
         assert model.engine is not None, "the model is built before it is saved"
+        if model.job.model.lora.rank is not None:
+            raise ConfigError(
+                explain(
+                    str(save_path),
+                    found=f"the model has adapters of rank {model.job.model.lora.rank}",
+                    rule="a .nemo file holds a whole model, and adapters are merged when it is exported",
+                    remedy="use the merged model that `nemo-spin export` writes",
+                )
+            )
         target = Path(save_path)
         parts = target.with_name(f".{target.name}.parts.partial")
         with first_rank_writes(model.runtime) as writes:

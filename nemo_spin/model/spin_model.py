@@ -28,6 +28,7 @@ from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.engine import Engine, layout_of
 from nemo_spin.megatron.forward_step import SFT_SUMS, SPIN_SUMS, LossFunction, sft_loss, spin_loss, summarise
 from nemo_spin.megatron.learning_rate import learning_rate
+from nemo_spin.megatron.lora import attach, seed_dropout
 from nemo_spin.megatron.meter import Meter
 from nemo_spin.megatron.optimizers import (
     build_optimizer,
@@ -164,6 +165,8 @@ class MegatronGPTSPINModel(ModelPT):
         architecture = architecture_of(job.opponent)
         chunks = build_model(architecture, job.model, params_dtype=dtype)
         load(chunks, architecture)
+        if job.model.lora.rank is not None:
+            attach(chunks, job.model.lora, runtime=self.runtime, seed=f"{job.seed}/{job.iteration}")
         replicas = self.runtime.dp_size * self.runtime.cp_size
         distributed = uses_distributed_optimizer(job.model, dp_size=replicas)
         wrapped = wrap_for_training(chunks, distributed_optimizer=distributed, model=job.model)
@@ -242,6 +245,8 @@ class MegatronGPTSPINModel(ModelPT):
         """Forward and backward of one global batch, over all microbatches and stages."""
         assert self.engine is not None, "configure_model comes first"
         step = self.trainer.global_step
+        if self.job.model.lora.dropout:
+            seed_dropout(self.runtime, f"{self.job.seed}/{self.job.iteration}/{step}")
         with self.meter.phase(COMPUTING):
             sums = self.engine.backward(
                 self._units, self.batches.indices(step), loss=self.loss_function, names=self._names

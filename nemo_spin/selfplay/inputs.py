@@ -33,7 +33,16 @@ _SAMPLING = (
     "trainer.precision",
 )
 _PRECISION = ("trainer.precision", "model.fp8", "model.fp8_recipe")
-_OPTIMIZATION = ("seed", "model.global_batch_size", "model.optim", *_PRECISION)
+_OPTIMIZATION = (
+    "seed",
+    "model.global_batch_size",
+    "model.optim",
+    "model.lora.rank",
+    "model.lora.alpha",
+    "model.lora.dropout",
+    "model.lora.target_modules",
+    *_PRECISION,
+)
 _OBJECTIVE = (
     "spin.loss",
     "spin.beta",
@@ -49,7 +58,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "generate": (*_SAMPLING, "generation.num_generations", "spin.num_prompts"),
     "score": (*_PRECISION, "spin.history", "spin.mixture"),
     "train": (*_OPTIMIZATION, *_OBJECTIVE, "spin.lr", "spin.epochs", "spin.max_steps"),
-    "export": ("trainer.precision",),
+    "export": ("trainer.precision", "model.lora.export_adapter"),
     "evaluate": (
         *_SAMPLING,
         "evaluation.scorer",

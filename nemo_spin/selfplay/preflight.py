@@ -10,9 +10,12 @@ import re
 from pathlib import Path
 
 from nemo_spin.bridge.checkpoint_files import check_checkpoint
+from nemo_spin.bridge.peft_files import projection_names
 from nemo_spin.config.expert_rules import check_experts_fit
 from nemo_spin.config.fp8_rules import check_fp8_fits
 from nemo_spin.config.iterations import config_at
+from nemo_spin.config.lora_rules import experts_have_no_adapters, gate_is_there
+from nemo_spin.config.mistakes import raise_together
 from nemo_spin.config.schema import Config
 from nemo_spin.config.validate import check_model_fits
 from nemo_spin.errors import CheckpointError, explain
@@ -73,8 +76,9 @@ def check_model(config: Config, model_dir: Path) -> None:
     Reads configuration files and headers only; values are checked before sampling.
 
     Raises:
-        CheckpointError: The directory is no complete, supported model.
-        ConfigError: A parallel size does not divide it.
+        CheckpointError: The directory is no complete, supported model, or its adapters cannot be exported.
+        ConfigError: A parallel size does not divide it, or adapters are asked for beside layers
+            that can have none.
     """
     architecture = check_checkpoint(model_dir, finite=False)
     for changed in [config, *(config_at(config, int(number)) for number in config.spin.per_iteration)]:
@@ -85,6 +89,12 @@ def _check_fits(config: Config, architecture: Architecture) -> None:
     has_experts = architecture.num_experts > 0
     mlp_width = architecture.shared_expert_ffn_hidden_size if has_experts else architecture.ffn_hidden_size
     check_experts_fit(config, num_experts=architecture.num_experts)
+    raise_together(
+        gate_is_there(config, gated=architecture.gated)
+        + experts_have_no_adapters(config, num_experts=architecture.num_experts)
+    )
+    if config.model.lora.export_adapter:
+        projection_names(architecture, config.model.lora)
     check_model_fits(
         config,
         num_layers=architecture.num_layers,

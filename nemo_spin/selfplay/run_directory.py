@@ -13,6 +13,7 @@ RUN_DIR/
     opponent             link to the Hugging Face directory of theta_t
     opponent_evaluation/ iteration 0 only: how theta_0 answers held-out prompts
     generated/  scored/  train/  model/  evaluation/
+    adapter/             with LoRA, if asked for: what was trained, as `peft` writes it
     evaluation.json      the numbers of evaluation/ (opponent_evaluation.json likewise)
     canary.json          what Megatron says about a few texts under theta_{t+1}, to check a sampler with
     metrics.jsonl        one line for each optimizer step, and for each engine that answered
@@ -77,6 +78,11 @@ class IterationDirectory:
     def canary_path(self) -> Path:
         """Log-probabilities of a few texts under theta_{t+1} (`generation/canary.py`)."""
         return self.path / "canary.json"
+
+    @property
+    def adapter(self) -> Path:
+        """What LoRA trained, for `peft` and vLLM; `opponent` is the model it belongs to."""
+        return self.path / "adapter"
 
     @property
     def evaluation(self) -> Path:

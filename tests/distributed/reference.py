@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 IDS = pa.list_(pa.int32())
@@ -83,14 +85,38 @@ def with_opponent(table: pa.Table, opponent_logps: torch.Tensor) -> pa.Table:
     return table
 
 
+def add_adapters(model: Any, directory: Path) -> dict[str, torch.nn.Parameter]:
+    """Writes out y + alpha / r B A x for every adapter in `directory`, in float64; returns A's and B's."""
+    config = json.loads((directory / "adapter_config.json").read_text())
+    scaling = config["lora_alpha"] / config["r"]
+    tensors = {
+        name: torch.nn.Parameter(value.double())
+        for name, value in load_file(directory / "adapter_model.safetensors").items()
+    }
+    modules = {name.removeprefix("base_model.model.").rsplit(".", 2)[0] for name in tensors}
+    for module in modules:
+        a, b = (tensors[f"base_model.model.{module}.lora_{letter}.weight"] for letter in "AB")
+
+        def add(_: Any, args: Any, output: Any, a: Any = a, b: Any = b) -> Any:
+            return output + scaling * (args[0] @ a.T) @ b.T
+
+        model.get_submodule(module).register_forward_hook(add)
+    return tensors
+
+
 def spin_step(
-    directory: Path, table: pa.Table, beta: float, weights: torch.Tensor | None = None
+    directory: Path,
+    table: pa.Table,
+    beta: float,
+    weights: torch.Tensor | None = None,
+    adapter: Path | None = None,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Logistic SPIN loss of all pairs, weighted (their mean by default), and its gradient.
 
-    The gradient has an entry for every tensor of the checkpoint.
+    The gradient has an entry for every tensor of the checkpoint, or of the adapter if there is one.
     """
     model = load(directory)
+    trained = dict(model.named_parameters()) if adapter is None else add_adapters(model, adapter)
     policy = logps(model, table)
     opponent = torch.tensor(
         np.stack([table["opponent_real_logps"].to_numpy(), table["opponent_generated_logps"].to_numpy()], 1)
@@ -100,4 +126,4 @@ def spin_step(
     losses = torch.log1p(torch.exp(-margins))
     loss = losses.mean() if weights is None else (weights * losses).sum()
     loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    return loss.item(), {name: parameter.grad for name, parameter in trained.items()}

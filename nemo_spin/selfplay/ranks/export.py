@@ -11,6 +11,7 @@ from nemo_spin.errors import CheckpointError, explain
 from nemo_spin.megatron.checkpoint import load_checkpoint, save_checkpoint
 from nemo_spin.megatron.checkpoint_files import latest_checkpoint
 from nemo_spin.megatron.runtime import first_rank_writes
+from nemo_spin.selfplay.ranks.adapters import merged_engine
 from nemo_spin.selfplay.ranks.canary import record_canary, round_to_stored
 from nemo_spin.selfplay.ranks.context import StageContext
 from nemo_spin.selfplay.ranks.facts import training_facts
@@ -36,8 +37,11 @@ def export(context: StageContext) -> None:
                 remedy="run train of this iteration first",
             )
         )
-    engine, architecture = context.build_engine(here.opponent)
-    load_checkpoint(engine, checkpoint)
+    if context.config.model.lora.rank is None:
+        engine, architecture = context.build_engine(here.opponent)
+        load_checkpoint(engine, checkpoint)
+    else:
+        engine, architecture = merged_engine(context, checkpoint)
     round_to_stored(engine.chunks, source_dtype(here.opponent, architecture))
     record_canary(context, engine)
     export_weights(

@@ -28,14 +28,14 @@ class ExportStage(Stage):
         """Not in the model's directory, which is there only once it is complete."""
         return self.logs / f"{self.name}.{INPUTS_NAME}"
 
-    def leftovers(self) -> list[Path]:
-        """See `Stage`."""
-        return [self.directory, self.files.canary_path]
-
     def prepare_directory(self, inputs: dict[str, Any]) -> None:
         """An export starts anew, so what an earlier attempt was made from does not matter."""
         self.inputs_path.unlink(missing_ok=True)
         super().prepare_directory(inputs)
+
+    def leftovers(self) -> list[Path]:
+        """See `Stage`; a canary and an adapter are made along with the model."""
+        return [self.directory, self.files.canary_path, self.files.adapter]
 
     def consumes(self) -> dict[str, Any]:
         """The trained weights."""

@@ -36,6 +36,8 @@ def _engine(
     model_dir: Path,
     layout: tuple[int, int, int, bool],
     params_dtype: torch.dtype = torch.float32,
+    *,
+    before_wrapping: Any = None,
     **model: Any,
 ) -> Any:
     """Runs in every rank: the policy, loaded, wrapped for training, with its optimizer."""
@@ -67,6 +69,8 @@ def _engine(
     architecture = architecture_of(model_dir)
     chunks = build_model(architecture, config, params_dtype=params_dtype)
     load_weights(chunks, model_dir, architecture)
+    if before_wrapping is not None:
+        before_wrapping(chunks, runtime)
     sharded = bool(config.use_distributed_optimizer)
     wrapped = wrap_for_training(chunks, distributed_optimizer=sharded, model=config)
     optimizer = build_optimizer(

@@ -1,0 +1,52 @@
+"""What a resume checkpoint holds of a model: all of it, or its adapters alone where it has some.
+
+The base of adapters never changes in training; whoever resumes loads it from the opponent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
+from torch import nn
+
+from nemo_spin.megatron.lora import all_adapters
+
+
+def _named(module: nn.Module) -> dict[str, Any]:
+    """Adapters' parameters by names that are the same however the model is split."""
+    return {
+        f"adapters.layers.{adapters.layer}.{name}.{letter}": parameter
+        for adapters in all_adapters([module])
+        for name, adapter in adapters.items()
+        for letter, parameter in (("a", adapter.a), ("b", adapter.b))
+    }
+
+
+def model_state(module: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The sharded state of a model chunk, unwrapped. All ranks must call."""
+    if not has_adapters(module):
+        state: dict[str, Any] = module.sharded_state_dict(metadata=metadata)
+        return state
+    return {
+        name: make_tp_sharded_tensor_for_checkpoint(parameter, name, tp_axis=parameter.partition_dim)
+        if getattr(parameter, "tensor_model_parallel", False)
+        else make_sharded_tensor_for_checkpoint(parameter, name)
+        for name, parameter in _named(module).items()
+    }
+
+
+@torch.no_grad()
+def load_model_state(module: Any, loaded: dict[str, Any]) -> None:
+    """Takes what `model_state` described and a checkpoint held."""
+    if not has_adapters(module):
+        module.load_state_dict(loaded)
+        return
+    for name, parameter in _named(module).items():
+        parameter.copy_(loaded[name])
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Whether a model chunk has adapters."""
+    return any(True for _ in all_adapters([module]))
