@@ -115,6 +115,36 @@ def stage_parameters(
     )
 
 
+def adapter_parameters(shape: ModelShape, layout: ParallelLayout, numerics: Numerics, *, stage: int) -> float:
+    """Of the low-rank adapters of a rank of stage `stage`: A [r, in] and B [out, r] of each projection.
+
+    What a projection splits over tensor-parallel ranks is split, the other factor is whole on each.
+    """
+    if numerics.lora_rank is None:
+        return 0.0
+    t, h, f = layout.tensor, shape.hidden_size, shape.ffn_hidden_size
+    widths = {
+        "q_proj": h + shape.query_size / t,
+        "k_proj": h + shape.key_size / t,
+        "v_proj": h + shape.key_size / t,
+        "o_proj": shape.query_size / t + h,
+        "gate_proj": h + f / t,
+        "up_proj": h + f / t,
+        "down_proj": f / t + h,
+    }
+    width = sum(widths[name] for name in numerics.lora_targets if shape.gated or name != "gate_proj")
+    return layout.stage_layers(shape.num_layers)[stage] * numerics.lora_rank * width
+
+
+def trained_parameters(
+    shape: ModelShape, layout: ParallelLayout, numerics: Numerics, *, stage: int
+) -> Parameters:
+    """Of a rank of pipeline stage `stage`: all of its weights, or its adapters."""
+    if numerics.lora_rank is None:
+        return stage_parameters(shape, layout, numerics, stage=stage)
+    return Parameters(adapter_parameters(shape, layout, numerics, stage=stage))
+
+
 def parameter_count(shape: ModelShape) -> int:
     """Of the checkpoint: no padding, tied matrices once."""
     whole = Numerics(vocabulary_multiple=1)
@@ -162,17 +192,21 @@ def training_memory(
     Weights as they are multiplied; gradients in float32 whatever the weights (Megatron's
     data-parallel buffer); float32 main weights under bf16; one number of state under RMSProp, two
     under Adam. The distributed optimizer spreads the last two over the d c replicas of a weight.
+    With low-rank adapters all but the weights is of the adapters alone; activations are counted
+    as without them, though a frozen linear without an adapter keeps no input.
     """
     held, on_gpu = stage_parameters(shape, layout, numerics, stage=stage), 1 - numerics.offloaded
+    adapters = adapter_parameters(shape, layout, numerics, stage=stage)
+    trained = trained_parameters(shape, layout, numerics, stage=stage)
     shards = layout.data * layout.context if layout.distributed_optimizer else 1
     expert_shards = layout.expert_data if layout.distributed_optimizer else 1
-    owned = held.dense / shards + held.expert / expert_shards
+    owned = trained.dense / shards + trained.expert / expert_shards
     in_flight = microbatches_in_flight(layout, work, stage)
     per_microbatch, again = _stage_activation_bytes(shape, layout, work, numerics, stage=stage)
     kept = in_flight * per_microbatch + again
     return Memory(
-        parameters=held.total * numerics.bytes_per_number,
-        gradients=held.total * _MAIN,
+        parameters=(held.total + adapters) * numerics.bytes_per_number,
+        gradients=trained.total * _MAIN,
         main_weights=owned * on_gpu * _MAIN if numerics.bytes_per_number < _MAIN else 0.0,
         optimizer_state=owned * on_gpu * _MAIN * _OPTIMIZER_NUMBERS[numerics.optimizer],
         activations=kept,
@@ -369,6 +403,8 @@ def _backward_temporaries(shape: ModelShape, layout: ParallelLayout, work: Work,
     if shape.num_moe_layers:
         width = max(width, shape.experts_per_token * shape.moe_ffn_hidden_size)
     weight = shape.fc1_rows * shape.hidden_size * shape.ffn_hidden_size / t
+    if numerics.lora_rank is not None:  # frozen, without gradient
+        weight = 0.0
     return a * (weight + tokens * (3 * width + 2 * shape.hidden_size))
 
 
@@ -392,6 +428,14 @@ class Flops:
     def training(self) -> float:
         """Needed by a step: the backward pass has two products for each of the forward pass [M]."""
         return 3 * self.total
+
+    @property
+    def training_adapters(self) -> float:
+        """Needed by a step of low-rank adapters: frozen weights have no product for their gradient.
+
+        The adapters' own products, r (in + out) in place of in out, are left out.
+        """
+        return 2 * self.layers + 3 * self.attention + 2 * self.head
 
 
 def layer_matmul_parameters(shape: ModelShape) -> float:
@@ -511,11 +555,13 @@ def _microbatch_compute(
     """Of the slowest stage; recomputation included. The last stage has the head."""
     forward = unit_flops(shape, work)
     rate = peak(cluster.device, numerics) * layout.tensor * layout.context
-    head = (4 if training else 1) * forward.head / MATMUL_EFFICIENCY  # logits are formed twice
+    frozen = training and numerics.lora_rank is not None  # weights without a product for their gradient
+    head = (4 - frozen if training else 1) * forward.head / MATMUL_EFFICIENCY  # logits are formed twice
     *others, last = layout.stage_layers(shape.num_layers)
     slowest = 0.0
     for layers, after in {*((layers, 0.0) for layers in others), (last, head)}:
         products, attention = _repetitions(shape, layout, layers) if training else (1.0, 1.0)
+        products -= frozen
         seconds = after + layers / shape.num_layers * (
             products * forward.layers / MATMUL_EFFICIENCY
             + attention * forward.attention / ATTENTION_EFFICIENCY
@@ -557,7 +603,7 @@ def _reduce_seconds(shape: ModelShape, layout: ParallelLayout, numerics: Numeric
     """Float32 gradients over the replicas of the first stage; sharded, weights come back in their type."""
     link, network = _rates(cluster)
     replicas = layout.data * layout.context
-    held = stage_parameters(shape, layout, numerics, stage=0)
+    held = trained_parameters(shape, layout, numerics, stage=0)
     factor = (_MAIN + numerics.bytes_per_number) / 2 if layout.distributed_optimizer else _MAIN
     inside = max(1, cluster.gpus_per_node // layout.tensor)  # replicas of a weight in one node
     near = layout.tensor * replicas <= cluster.gpus_per_node
@@ -573,7 +619,8 @@ def _reduce_seconds(shape: ModelShape, layout: ParallelLayout, numerics: Numeric
 def _update_seconds(shape: ModelShape, layout: ParallelLayout, numerics: Numerics, cluster: Cluster) -> float:
     """Every number of the update is read once and, gradients apart, written once."""
     memory = training_memory_of_weights(shape, layout, numerics)
-    moved = memory.gradients + 2 * (memory.main_weights + memory.optimizer_state) + memory.parameters
+    written = trained_parameters(shape, layout, numerics, stage=0).total * numerics.bytes_per_number
+    moved = memory.gradients + 2 * (memory.main_weights + memory.optimizer_state) + written
     return moved / (cluster.device.memory_gb_s * 1e9 * MEMORY_EFFICIENCY)
 
 
@@ -693,4 +740,5 @@ def checkpoint_seconds(
         kept += _MAIN
     replica = math.ceil(layout.tensor * layout.pipeline * layout.expert / cluster.gpus_per_node)
     writers = cluster.nodes if layout.distributed_optimizer else min(cluster.nodes, replica)
-    return parameter_count(shape) * kept / writers / STORAGE_WRITE
+    saved = trained_parameters(shape, ParallelLayout(), replace(numerics, vocabulary_multiple=1), stage=0)
+    return saved.total * kept / writers / STORAGE_WRITE

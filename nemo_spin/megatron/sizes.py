@@ -183,6 +183,8 @@ class Numerics:
     transformer_engine: bool = True
     vocabulary_multiple: int = GPU_VOCABULARY_MULTIPLE
     offloaded: float = 0.0
+    lora_rank: int | None = None  # null: all weights are trained
+    lora_targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ class Throughput:
         shape: The model's sizes.
         runtime: This rank's place; all ranks have the same kind of device.
         precision: `32` or `bf16`: what matrices are multiplied in, unless the model says FP8.
-        model: Its packing and FP8.
+        model: Its packing, FP8 and adapters.
     """
 
     def __init__(self, shape: ModelShape, runtime: Runtime, *, precision: str, model: ModelConfig) -> None:
         self._shape = shape
         self._num_devices = runtime.world_size
         self._shares_prompts = model.packing == "shared_prompt"
+        self._has_adapters = model.lora.rank is not None
         device = torch.cuda.get_device_name() if runtime.device.type == "cuda" else None
         self._peak = peak_flops(device, "fp8" if model.fp8 else precision)
 
@@ -38,12 +39,13 @@ class Throughput:
             `saved_prompt_tokens`: copies of prompts that sharing made needless;
             `tokens_per_second`: useful ones, of all devices together; `model_tflops`: needed
             10^12 operations per second of each device (`flops.forward_flops`, three times as
-            many with the backward pass); `peak_share`: of what the device can do, None
-            where that is not known; `peak_memory_gib`: of the fullest rank so far. Rates are over
-            all the time that passed, whatever it went into.
+            many with the backward pass, fewer where weights are frozen); `peak_share`: of what
+            the device can do, None where that is not known; `peak_memory_gib`: of the fullest rank
+            so far. Rates are over all the time that passed, whatever it went into.
         """
         forward = forward_flops(self._shape, needed)
-        operations = forward.training if training else forward.total
+        trained = forward.training_adapters if self._has_adapters else forward.training
+        operations = trained if training else forward.total
         rate = operations / reading.seconds / self._num_devices
         return {
             "useful_tokens": needed.tokens,

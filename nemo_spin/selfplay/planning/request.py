@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nemo_spin.config.iterations import at_iteration
+from nemo_spin.config.lora_rules import targets_of
 from nemo_spin.config.mistakes import nearest, raise_together
 from nemo_spin.config.rules import RANGES
 from nemo_spin.config.schema import Config, ModelConfig, SpinConfig
@@ -119,6 +120,8 @@ def make_request(
             optimizer=model.optim.name,
             transformer_engine=model.transformer_impl != "local",
             offloaded=model.optimizer_offload_fraction if model.optimizer_cpu_offload else 0.0,
+            lora_rank=model.lora.rank,
+            lora_targets=targets_of(model.lora, gated=True),  # a gate that is not there counts nothing
         ),
         work=work,
         pairs=pairs,

@@ -168,7 +168,9 @@ def _time_table(plan: Plan) -> Table:
 
 def utilisation(plan: Plan) -> float:
     """Needed floating-point operations of a step over what the GPUs could do in its time."""
-    needed = plan.request.work.global_batch_size * unit_flops(plan.model.shape, plan.request.work).training
+    unit = unit_flops(plan.model.shape, plan.request.work)
+    trained = unit.training if plan.request.numerics.lora_rank is None else unit.training_adapters
+    needed = plan.request.work.global_batch_size * trained
     cluster = plan.request.cluster
     return needed / (plan.chosen.step.total * cluster.world_size * cluster.device.tflops * 1e12)
 

@@ -100,6 +100,31 @@ def test_what_is_offloaded_moves_to_the_host() -> None:
     assert offloaded_bytes(LLAMA_3_8B, one, WORK, BF16, stage=0) == 0
 
 
+def test_bytes_of_adapters() -> None:
+    """Rank 16 beside all seven projections of Llama 3 8B: 41,943,040 numbers, as `peft` counts them."""
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    numerics = replace(BF16, lora_rank=16, lora_targets=targets)
+    number, adapters = parameter_count(LLAMA_3_8B), 41_943_040
+    full = training_memory(LLAMA_3_8B, ParallelLayout(), WORK, BF16, stage=0)
+    memory = training_memory(LLAMA_3_8B, ParallelLayout(), WORK, numerics, stage=0)
+    weights = (memory.parameters, memory.gradients, memory.main_weights, memory.optimizer_state)
+    assert weights == (2 * (number + adapters), 4 * adapters, 4 * adapters, 8 * adapters)
+    gate_and_up = 2 * 4096 * 14336  # the largest matrix; it has no gradient
+    assert full.temporaries - memory.temporaries == 2 * gate_and_up
+    assert (memory.activations, memory.head_and_loss) == (full.activations, full.head_and_loss)
+    cluster = Cluster(1, 1, H100)
+    saving = [costs.checkpoint_seconds(LLAMA_3_8B, ParallelLayout(), n, cluster) for n in (BF16, numerics)]
+    assert saving[1] / saving[0] == pytest.approx(adapters / number)
+
+
+def test_adapters_of_a_rank_at_2_by_4() -> None:
+    """Eight layers; of q_proj B is split, of o_proj A, the other factor is whole on each rank."""
+    numerics = replace(BF16, lora_rank=16, lora_targets=("q_proj", "o_proj"))
+    layout = ParallelLayout(tensor=2, pipeline=4)
+    expected = 8 * 16 * ((4096 + 4096 / 2) + (4096 / 2 + 4096))
+    assert training_memory(LLAMA_3_8B, layout, WORK, numerics, stage=1).gradients == 4 * expected
+
+
 def test_a_rank_of_70b_at_8_by_4() -> None:
     """Twenty layers, an eighth of each matrix; embedding in the first stage, norm and output in the last."""
     layout = ParallelLayout(tensor=8, pipeline=4, sequence_parallel=True)

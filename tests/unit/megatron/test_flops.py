@@ -20,6 +20,7 @@ def test_by_hand() -> None:
     assert (flops.layers, flops.attention, flops.head) == (2 * 1536 * 10, 4 * 16 * 2 * 40, 2 * 8 * 100 * 6)
     assert flops.total == 30_720 + 5_120 + 9_600
     assert flops.training == 3 * flops.total
+    assert flops.training_adapters == 2 * 30_720 + 3 * 5_120 + 2 * 9_600
 
 
 def test_it_is_what_the_plan_predicts() -> None:
