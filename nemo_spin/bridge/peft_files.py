@@ -56,8 +56,8 @@ def _not_separable(architecture: Architecture, linear: str) -> CheckpointError:
     )
 
 
-def adapter_shapes(architecture: Architecture, lora: LoraConfig) -> dict[str, Shape]:
-    """Name and shape of every tensor of the adapter, as `peft` writes them."""
+def adapter_shapes(architecture: Architecture, lora: LoraConfig, *, count: int = 1) -> dict[str, Shape]:
+    """Name and shape of every tensor of an adapter made of `count`, as `peft` writes them."""
     assert lora.rank is not None, "without a rank there are no adapters"
     names = projection_names(architecture, lora)
     stored = family_of(architecture).stored_shapes(architecture)
@@ -66,8 +66,8 @@ def adapter_shapes(architecture: Architecture, lora: LoraConfig) -> dict[str, Sh
         for module in names.values():
             here = module.format(layer=layer)
             rows, columns = stored[f"{here}.weight"]
-            shapes[tensor_name(here, "A")] = (lora.rank, columns)
-            shapes[tensor_name(here, "B")] = (rows, lora.rank)
+            shapes[tensor_name(here, "A")] = (count * lora.rank, columns)
+            shapes[tensor_name(here, "B")] = (rows, count * lora.rank)
     return shapes
 
 
@@ -76,26 +76,28 @@ def tensor_name(module: str, letter: str) -> str:
     return f"base_model.model.{module}.lora_{letter}.weight"
 
 
-def peft_config(lora: LoraConfig, modules: Sequence[str], *, base: Path) -> dict[str, Any]:
+def peft_config(lora: LoraConfig, modules: Sequence[str], *, base: Path, count: int = 1) -> dict[str, Any]:
     """The content of `adapter_config.json`.
 
     Args:
         lora: The settings.
         modules: Modules of the Hugging Face model, such as `model.layers.{layer}.self_attn.q_proj`.
         base: Directory of the model that the adapter belongs to.
+        count: How many adapters it is made of; their scale alpha / r stays.
     """
-    alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
+    assert lora.rank is not None, "without a rank there are no adapters"
+    alpha = count * lora.alpha
     return {
         "base_model_name_or_path": str(base),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": alpha,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": lora.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": lora.rank,
+        "r": count * lora.rank,
         "target_modules": sorted({module.rsplit(".", 1)[-1] for module in modules}),
         "task_type": "CAUSAL_LM",
         "use_dora": False,

@@ -45,7 +45,7 @@ class LoraConfig:
     alpha: float = 32.0  # updates are scaled by alpha / rank
     dropout: float = 0.0  # of the adapters' inputs, while training
     target_modules: list[str] | None = None  # of q_proj, k_proj, v_proj, o_proj, gate_proj, ...; null: all
-    export_adapter: bool = False  # write each iteration's adapter as `peft` does, beside the merged model
+    export_adapter: bool = False  # also write what was learned since theta_0 as `peft` does
 
 
 @dataclass

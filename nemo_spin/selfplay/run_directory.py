@@ -13,7 +13,7 @@ RUN_DIR/
     opponent             link to the Hugging Face directory of theta_t
     opponent_evaluation/ iteration 0 only: how theta_0 answers held-out prompts
     generated/  scored/  train/  model/  evaluation/
-    adapter/             with LoRA, if asked for: what was trained, as `peft` writes it
+    adapter/             with LoRA, if asked for: theta_{t+1} - theta_0, as `peft` writes it
     evaluation.json      the numbers of evaluation/ (opponent_evaluation.json likewise)
     canary.json          what Megatron says about a few texts under theta_{t+1}, to check a sampler with
     metrics.jsonl        one line for each optimizer step, and for each engine that answered
@@ -81,7 +81,7 @@ class IterationDirectory:
 
     @property
     def adapter(self) -> Path:
-        """What LoRA trained, for `peft` and vLLM; `opponent` is the model it belongs to."""
+        """What LoRA trained in this iteration and those before, for `peft` and vLLM, beside theta_0."""
         return self.path / "adapter"
 
     @property

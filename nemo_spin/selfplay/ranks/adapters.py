@@ -18,9 +18,10 @@ _MUCH_ROUNDING = 0.1  # share of the adapters' update that is worth a note
 def merged_engine(context: StageContext, checkpoint: Path) -> tuple[Engine, Architecture]:
     """theta_{t+1}: the opponent's weights and alpha / r B A, rounded once. All ranks must call.
 
-    Where `model.lora.export_adapter` asks for it, `adapter/` is written first. The next iteration
-    starts from the merged weights with new adapters: its policy at B = 0 and its opponent are one
-    model to the last bit, whatever the precision.
+    Where `model.lora.export_adapter` asks for it, `adapter/` is written first: what was learned
+    since theta_0, in this iteration and those before. The next iteration starts from the merged
+    weights with new adapters: its policy at B = 0 and its opponent are one model to the last bit,
+    whatever the precision.
 
     Args:
         context: This rank's view of the stage.
@@ -41,7 +42,8 @@ def merged_engine(context: StageContext, checkpoint: Path) -> tuple[Engine, Arch
             engine.chunks,
             lora,
             architecture=architecture,
-            base=here.opponent.resolve(),
+            base=(context.run.iteration(0) if context.iteration else here).opponent.resolve(),
+            earlier=context.run.iteration(context.iteration - 1).adapter if context.iteration else None,
             out_dir=here.adapter,
             dtype=engine.chunks[0].config.params_dtype,
             inputs=context.inputs,

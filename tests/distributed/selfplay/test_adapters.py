@@ -89,7 +89,7 @@ def _write_generated(directory: Path, rows: list[dict[str, Any]], *, split: str,
 
 
 def _merge_by_hand(base: Path, adapter: Path, target: Path) -> Path:
-    """A copy of `base` whose weights are W + alpha / r B A."""
+    """A copy of `base` whose weights are W + alpha / r B A; an adapter of two has twice both."""
     shutil.copytree(base, target)
     weights = load_file(base / "model.safetensors")
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -132,7 +132,13 @@ def test_each_opponent_is_the_model_before_with_its_adapters_merged(tmp_path: Pa
         for stage, layout in zip(("score", "train", "export"), layouts, strict=True):
             run_ranks(_stage, 2, stage, _config(theta_0, layout), run_dir, iteration)
         scored, opponent = _scored(here, by_hand)
-        merged = _merge_by_hand(by_hand, here / "adapter", tmp_path / f"merged_{iteration}")
+        merged = _merge_by_hand(theta_0, here / "adapter", tmp_path / f"merged_{iteration}")
+        peft_config = json.loads((here / "adapter" / "adapter_config.json").read_text())
+        assert (peft_config["r"], peft_config["lora_alpha"]) == (
+            RANK * (iteration + 1),
+            ALPHA * (iteration + 1),
+        )
+        assert peft_config["base_model_name_or_path"] == str(theta_0)
         weights, expected, before = (
             load_file(directory / "model.safetensors") for directory in (here / "model", merged, by_hand)
         )

@@ -61,6 +61,14 @@ def test_settings() -> None:
     assert config["base_model_name_or_path"] == "/models/theta"
 
 
+def test_adapters_of_several_iterations_are_one_with_the_same_scale() -> None:
+    lora = LoraConfig(rank=4, alpha=10.0, target_modules=["q_proj"])
+    shapes = adapter_shapes(ARCHITECTURE, lora, count=3)
+    assert set(shapes.values()) == {(12, 8), (12, 12)}
+    config = peft_config(lora, ["model.layers.{layer}.self_attn.q_proj"], base=Path("/theta"), count=3)
+    assert (config["r"], config["lora_alpha"]) == (12, 30)
+
+
 def test_a_family_that_stores_projections_as_one_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table is Llama's without query, key and value, as a family with one tensor for them has it."""
     fused: Family = replace(
