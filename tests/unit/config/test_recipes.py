@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_spin.bridge.families import architecture_of
+from nemo_spin.bridge.peft_files import projection_names
 from nemo_spin.config.compose import RECIPES, conf_dir, names
 from nemo_spin.config.iterations import at_iteration
 from nemo_spin.config.load import load_config
@@ -65,12 +66,26 @@ LLAMA_2_70B = {
     "max_position_embeddings": 4096,
     "rope_theta": 10000.0,
 }
+GPT_NEO_125M = {
+    "architectures": ["GPTNeoForCausalLM"],
+    "hidden_size": 768,
+    "intermediate_size": None,
+    "num_layers": 12,
+    "num_heads": 12,
+    "vocab_size": 50257,
+    "max_position_embeddings": 2048,
+    "window_size": 256,
+    "attention_types": [[["global", "local"], 6]],
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+}
 MODELS = {
     "zephyr_7b_paper": MISTRAL_7B,
     "zephyr_7b_official": MISTRAL_7B,
     "llama3_8b": LLAMA_3_8B,
     "qwen3_8b": QWEN3_8B,
     "tulu2_70b": LLAMA_2_70B,
+    "gptneo_lora": GPT_NEO_125M,
 }
 PAIRS = 50_000
 _CLUSTER = re.compile(r"^# Cluster: (\d+) nodes? of (\d+) (\S+)", re.MULTILINE)
@@ -134,9 +149,9 @@ def test_a_recipe_needs_a_place_and_a_model_only(recipe: str, tmp_path: Path) ->
     nodes, gpus, _ = planned_for(recipe)
     assert (config.trainer.num_nodes, config.trainer.devices) == (nodes, gpus)
     assert config.name == recipe.replace("_", "-")
-    assert config.trainer.precision == "bf16"
-    assert config.model.optim.name == "rmsprop"
-    assert config.model.optim.weight_decay == 0.0
+    optim = config.model.optim
+    found = (config.trainer.precision, optim.name, optim.weight_decay)
+    assert found == (("32", "adam", 0.01) if recipe == "gptneo_lora" else ("bf16", "rmsprop", 0.0))
     architecture = architecture_of(tmp_path / recipe)
     check_model_fits(
         config,
@@ -218,6 +233,20 @@ def test_the_paper_s_data_and_batches(tmp_path: Path) -> None:
     assert config.data.first_round_only
     assert config.data.prompt_template == "### Instruction: {prompt}\n\n### Response: "
     assert config.generation.max_tokens == 256
+
+
+def test_the_adapters_of_the_lora_reference(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "gptneo_lora")
+    lora = config.model.lora
+    assert (lora.rank, lora.alpha, lora.dropout, lora.target_modules) == (
+        128,
+        256,
+        0.05,
+        ["q_proj", "v_proj"],
+    )
+    assert (config.spin.iterations, config.spin.lr, config.spin.beta) == (5, 5e-5, 0.1)
+    names = projection_names(architecture_of(tmp_path / "gptneo_lora"), lora)
+    assert names["q_proj"] == "transformer.h.{layer}.attn.attention.q_proj"
 
 
 def test_the_official_schedule_is_the_first_two_of_six_epochs(tmp_path: Path) -> None:
