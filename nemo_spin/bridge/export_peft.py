@@ -46,6 +46,7 @@ def _place(adapters: Adapters, names: Mapping[str, str], earlier: Checkpoint | N
     """The parameters of one linear's adapters, after those in `earlier`, and where they are stored."""
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    is_first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     placed = []
     for name, adapter in adapters.items():
         module = names[name].format(layer=adapters.layer)
@@ -64,7 +65,16 @@ def _place(adapters: Adapters, names: Mapping[str, str], earlier: Checkpoint | N
                 for number in range(parts)
             ]
             spread = tuple(pieces) if axis == 1 and parts > 1 else ()
-            placed.append(Placed(tensor, values, pieces[part], is_writer=part == tp_rank, spread=spread))
+            placed.append(
+                Placed(
+                    tensor,
+                    values,
+                    pieces[part],
+                    is_writer=part == tp_rank,
+                    is_first_replica=is_first_replica,
+                    spread=spread,
+                )
+            )
     return placed
 
 

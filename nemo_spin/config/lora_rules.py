@@ -10,6 +10,8 @@ from nemo_spin.config.schema import Config, LoraConfig
 # The linear layers of a decoder layer, as Llama's checkpoints (and most users of `peft`) call them.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+MAX_SERVED_RANK = 512  # of vLLM
+
 
 def targets_of(lora: LoraConfig, *, gated: bool) -> tuple[str, ...]:
     """The linear layers that get adapters, in a fixed order.
@@ -81,6 +83,49 @@ def archives_hold_whole_models(config: Config) -> list[Mistake]:
             rule="a .nemo file holds a whole model, and adapters are merged when it is exported",
             remedy="set it to false: iter_XX/model has the merged model as a Hugging Face directory",
             also=("model.lora.rank",),
+        )
+    ]
+
+
+def largest_rank(config: Config) -> int:
+    """Of the adapter of the last model: every iteration's rank comes on top."""
+    return (config.model.lora.rank or 0) * config.spin.iterations
+
+
+def adapters_can_be_served(config: Config) -> list[Mistake]:
+    """The sampler loads adapters that are written, and that are not too large for it."""
+    if not config.generation.adapters:
+        return []
+    if not config.model.lora.export_adapter:
+        return [
+            mistake(
+                "generation.adapters",
+                found="true, with model.lora.export_adapter false",
+                rule="the sampler loads the adapters that are exported",
+                remedy="set model.lora.export_adapter to true, or generation.adapters to false",
+                also=("model.lora.export_adapter",),
+            )
+        ]
+    if config.generation.engine == "vllm_server":
+        return [
+            mistake(
+                "generation.adapters",
+                found="true, with generation.engine vllm_server",
+                rule="only an engine of our own is started so that it takes adapters",
+                remedy="set it to false, or generation.engine to vllm",
+                also=("generation.engine",),
+            )
+        ]
+    rank, iterations, largest = config.model.lora.rank, config.spin.iterations, largest_rank(config)
+    if largest <= MAX_SERVED_RANK:
+        return []
+    return [
+        mistake(
+            "generation.adapters",
+            found=f"true, with model.lora.rank {rank} and {iterations} iterations",
+            rule=f"vLLM takes adapters of rank {MAX_SERVED_RANK} at most; that of the last has {largest}",
+            remedy="set it to false: the sampler then loads the merged models",
+            also=("model.lora.rank", "spin.iterations"),
         )
     ]
 

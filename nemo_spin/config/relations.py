@@ -15,6 +15,7 @@ from nemo_spin.config.guard_rules import GUARD_KEYS, a_guard_warns_before_it_sto
 from nemo_spin.config.history_rules import HISTORY_KEYS, mixture_has_an_amount_for_each_age
 from nemo_spin.config.lora_rules import (
     adapters_are_there_to_be_exported,
+    adapters_can_be_served,
     archives_hold_whole_models,
     new_adapters_have_new_state,
     targets_are_listed_once,
@@ -328,6 +329,16 @@ RELATIONS: tuple[Relation, ...] = (
     Relation(("model.optim.betas",), _two_betas),
     Relation(("model.lora.target_modules",), targets_are_listed_once),
     Relation(("model.lora.rank", "model.lora.export_adapter"), adapters_are_there_to_be_exported),
+    Relation(
+        (
+            "generation.adapters",
+            "generation.engine",
+            "model.lora.rank",
+            "model.lora.export_adapter",
+            "spin.iterations",
+        ),
+        adapters_can_be_served,
+    ),
     Relation(("model.lora.rank", "model.optim.carry_over"), new_adapters_have_new_state),
     Relation(
         ("model.lora.rank", "exp_manager.checkpoint_callback_params.save_nemo_on_train_end"),

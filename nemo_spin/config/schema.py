@@ -231,6 +231,7 @@ class GenerationConfig:
     # auto | always | never: an engine lives on and gets the next model's weights. With auto
     # it ends before training on a GPU, and on a CPU where it holds much memory.
     keep_engine: str = "auto"
+    adapters: bool = False  # with model.lora.export_adapter: theta_0 stays loaded, adapters change
     load_timeout_s: float = 1800.0
     shard_timeout_s: float = 3600.0
 

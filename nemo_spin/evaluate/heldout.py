@@ -57,6 +57,7 @@ def start(
     inputs: Mapping[str, Any],
     progress_path: Path,
     log_path: Path,
+    adapter_dir: Path | None = None,
     canary_path: Path | None = None,
     keeper: EngineKeeper | None = None,
 ) -> RunningGeneration:
@@ -72,6 +73,7 @@ def start(
         inputs: What the result depends on; must be those of an earlier start.
         progress_path: Where the sampler reports how far it is.
         log_path: Where its output goes.
+        adapter_dir: What makes the model in `model_dir` the one that is evaluated; None: it is.
         canary_path: What Megatron says about the model; None: not known.
         keeper: Gives an engine that lives on, and takes it back; None: one for this alone.
 
@@ -87,6 +89,7 @@ def start(
         inputs=inputs,
         progress_path=progress_path,
         log_path=log_path,
+        adapter_dir=adapter_dir,
         canary_path=canary_path,
         keeper=keeper,
     )

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from nemo_spin.generation.request import EngineSettings  # which needs `Sampling` from here
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,11 @@ class Engine(Protocol):
     def logps(self, texts: Sequence[list[int]]) -> list[list[float]]:
         """Log-probability, in nats, of every token of each text but its first."""
 
-    def refresh(self, model_dir: str) -> None:
-        """Takes the weights of another directory of the same architecture.
+    def refresh(self, settings: EngineSettings) -> None:
+        """Takes the weights of another directory of the same architecture, or another adapter.
 
         After an exception the engine is not to be used any more.
 
         Args:
-            model_dir: Hugging Face directory.
+            settings: Those of the engine (`EngineSettings.fits`), with other weights.
         """

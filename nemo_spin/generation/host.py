@@ -77,16 +77,16 @@ class EngineHost:
             if self._settings.model_sha256 == settings.model_sha256:
                 way, before = status.KEPT, None
             else:
-                steps.step(status.REFRESH, settings.model_dir)
-                way = status.REFRESHED
-                before = _refresh(self._engine, settings.model_dir, canary)
+                steps.step(status.REFRESH, settings.weights_dir)
+                way = status.REFRESHED if settings.adapter_dir is None else status.ADAPTED
+                before = _refresh(self._engine, settings, canary)
         self._settings = settings
         engine = self._engine
         seconds = time.monotonic() - began
         difference = None
         if canary is not None and request.canary is not None and way != status.KEPT:
-            steps.step(status.CANARY, settings.model_dir)
-            difference = _compare(engine, canary, request.canary, settings.model_dir, before)
+            steps.step(status.CANARY, settings.weights_dir)
+            difference = _compare(engine, canary, request.canary, settings.weights_dir, before)
         steps.opened(
             status.Opened(
                 way=way,
@@ -107,18 +107,18 @@ def _readable(check: CanaryCheck | None, settings: EngineSettings) -> Canary | N
     return fitting if fitting is not None and fitting.texts else None
 
 
-def _refresh(engine: Engine, model_dir: str, canary: Canary | None) -> list[list[float]] | None:
+def _refresh(engine: Engine, settings: EngineSettings, canary: Canary | None) -> list[list[float]] | None:
     """Exchanges the weights; returns what the old ones say about the canary's texts."""
     try:
         before = None if canary is None else engine.logps(canary.token_ids())
-        engine.refresh(model_dir)
+        engine.refresh(settings)
     except NemoSpinError:
         raise
     except Exception as error:
         traceback.print_exc()
         raise GenerationError(
             explain(
-                model_dir,
+                settings.weights_dir,
                 found=f"could not be loaded into the engine that was running ({describe(error)})",
                 rule="an engine takes other weights of the same architecture",
                 remedy="the log says more; generation.keep_engine=never starts an engine for every stage",

@@ -34,6 +34,9 @@ class EngineSettings:
         vocab_size: Rows of the embedding.
         model_sha256: Hash of the model: an engine that has it needs no other weights.
         server: Address of the server that has the model; None: this is not a server's.
+        adapter_dir: Adapter beside `model_dir`, which together are the model; None: none.
+        max_adapter_rank: Of any adapter the engine will be given; 0: it takes none, but other weights.
+        adapter_modules: The last parts of the names of the linear layers that adapters stand beside.
     """
 
     name: str
@@ -47,10 +50,26 @@ class EngineSettings:
     vocab_size: int
     model_sha256: str
     server: str | None = None
+    adapter_dir: str | None = None
+    max_adapter_rank: int = 0
+    adapter_modules: tuple[str, ...] = ()
+
+    @property
+    def weights_dir(self) -> str:
+        """What tells the model from others: its adapter, or its directory; for messages."""
+        return self.adapter_dir or self.model_dir
 
     def fits(self, other: EngineSettings) -> bool:
         """Whether an engine with these settings answers like one with `other`, given its weights."""
-        return replace(self, model_dir=other.model_dir, model_sha256=other.model_sha256) == other
+        if self.max_adapter_rank and self.model_dir != other.model_dir:
+            return False
+        given = replace(
+            self,
+            model_dir=other.model_dir,
+            adapter_dir=other.adapter_dir,
+            model_sha256=other.model_sha256,
+        )
+        return given == other
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,7 @@ class GenerationRequest:
         return cls(
             **{
                 **plain,
-                "engine": EngineSettings(**plain["engine"]),
+                "engine": _engine(plain["engine"]),
                 "passes": tuple(_pass(entry) for entry in plain["passes"]),
                 "canary": None if plain["canary"] is None else CanaryCheck(**plain["canary"]),
             }
@@ -143,6 +162,10 @@ class GenerationRequest:
 def read_request(path: Path) -> GenerationRequest:
     """The request in `path`, as `stage` wrote it."""
     return GenerationRequest.from_dict(json.loads(path.read_text(encoding="utf-8"))["request"])
+
+
+def _engine(plain: dict[str, Any]) -> EngineSettings:
+    return EngineSettings(**{**plain, "adapter_modules": tuple(plain["adapter_modules"])})
 
 
 def _pass(plain: dict[str, Any]) -> Pass:

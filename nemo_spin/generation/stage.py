@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nemo_spin.config.iterations import at_iteration
+from nemo_spin.config.lora_rules import largest_rank
 from nemo_spin.config.schema import Config
 from nemo_spin.data.columns import GENERATED
 from nemo_spin.data.files import Manifest, atomic_path, read_manifest, write_manifest
@@ -69,6 +70,7 @@ def generate(
     inputs: Mapping[str, Any],
     progress_path: Path,
     log_path: Path,
+    adapter_dir: Path | None = None,
     canary_path: Path | None = None,
     keeper: EngineKeeper | None = None,
 ) -> RunningGeneration:
@@ -76,7 +78,7 @@ def generate(
 
     Args:
         config: The configuration.
-        model_dir: Hugging Face directory of the opponent.
+        model_dir: Hugging Face directory of the opponent, or of what its adapter belongs to.
         prepared: Directory with the prepared rows.
         out_dir: Where the shards go.
         iteration: Number of the iteration.
@@ -84,6 +86,7 @@ def generate(
         inputs: What the result depends on; must be those of an earlier start.
         progress_path: Where the sampler reports how far it is.
         log_path: Where its output goes.
+        adapter_dir: What makes the model the opponent; None: it is the opponent itself.
         canary_path: What Megatron says about the opponent (`canary.py`); None: not known.
         keeper: Gives an engine that lives on, and takes it back; None: one for this alone.
 
@@ -104,6 +107,7 @@ def generate(
         inputs=inputs,
         progress_path=progress_path,
         log_path=log_path,
+        adapter_dir=adapter_dir,
         canary_path=canary_path,
         keeper=keeper,
     )
@@ -165,6 +169,7 @@ def start(
     inputs: Mapping[str, Any],
     progress_path: Path,
     log_path: Path,
+    adapter_dir: Path | None = None,
     canary_path: Path | None = None,
     keeper: EngineKeeper | None = None,
 ) -> RunningGeneration:
@@ -178,6 +183,7 @@ def start(
         inputs: As for `generate`.
         progress_path: As for `generate`.
         log_path: As for `generate`.
+        adapter_dir: As for `generate`.
         canary_path: As for `generate`.
         keeper: As for `generate`.
 
@@ -194,7 +200,7 @@ def start(
         progress.note(f"{crowded} prompts leave less room than generation.max_tokens in the model's context")
     status_path = log_path.with_name(f"{log_path.name}.status")
     request = GenerationRequest(
-        engine=_engine_settings(config, model_dir, architecture, passes),
+        engine=_engine_settings(config, model_dir, adapter_dir, architecture=architecture, passes=passes),
         passes=tuple(request_of(config, plan) for plan in passes),
         out_dir=str(out_dir.absolute()),
         progress_path=str(progress_path.absolute()),
@@ -306,7 +312,12 @@ def request_of(config: Config, plan: PassPlan) -> Pass:
 
 
 def _engine_settings(
-    config: Config, model_dir: Path, architecture: Architecture, passes: Sequence[PassPlan]
+    config: Config,
+    model_dir: Path,
+    adapter_dir: Path | None,
+    *,
+    architecture: Architecture,
+    passes: Sequence[PassPlan],
 ) -> EngineSettings:
     generation = config.generation
     if generation.replicas != 1:
@@ -334,7 +345,17 @@ def _engine_settings(
         vocab_size=architecture.vocab_size,
         model_sha256=passes[0].model_sha256 if passes else "",
         server=generation.server,
+        adapter_dir=None if adapter_dir is None else str(adapter_dir.absolute()),
+        max_adapter_rank=largest_rank(config) if generation.adapters else 0,
+        adapter_modules=_adapter_modules(config, architecture) if generation.adapters else (),
     )
+
+
+def _adapter_modules(config: Config, architecture: Architecture) -> tuple[str, ...]:
+    from nemo_spin.bridge.peft_files import projection_names
+
+    names = projection_names(architecture, config.model.lora).values()
+    return tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
 
 
 def _canary_check(config: Config, path: Path | None) -> CanaryCheck | None:

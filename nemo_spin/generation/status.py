@@ -20,7 +20,7 @@ SHARD = "shard"
 DONE = "done"
 
 
-STARTED, REFRESHED, KEPT = "started", "refreshed", "kept"
+STARTED, REFRESHED, ADAPTED, KEPT = "started", "refreshed", "adapted", "kept"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Opened:
     """How a request came to an engine.
 
     Attributes:
-        way: `STARTED`, `REFRESHED` (a living one got new weights) or `KEPT` (it had them).
+        way: `STARTED`, `REFRESHED` (a living one got new weights), `ADAPTED` (another adapter) or
+            `KEPT` (it had them).
         seconds: How long it took; for `STARTED` without the start of the process.
         device: See `Engine.device`.
         can_refresh: See `Engine.can_refresh`.

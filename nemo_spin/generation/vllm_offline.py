@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
+from nemo_spin.generation import adapters
 from nemo_spin.generation.answers import checked_answer, unexpected
 from nemo_spin.generation.capacity import kv_cache_bytes, memory_bytes
 from nemo_spin.generation.engine import Answer, Prompt, Sampling
@@ -87,7 +88,10 @@ class VllmOffline:
                 memory_bytes=memory_bytes(),
             )
         self.device = "cpu" if on_cpu else str(current_platform.device_type)
-        self.can_refresh = can_reload()
+        self._takes_adapters = settings.max_adapter_rank > 0
+        self._num_adapters = 1
+        self._adapter = adapters.request_of(settings.adapter_dir, self._num_adapters)
+        self.can_refresh = self._takes_adapters or can_reload()
         self._params = vllm.SamplingParams
         self._llm = vllm.LLM(
             model=settings.model_dir,
@@ -109,6 +113,7 @@ class VllmOffline:
             logprobs_mode="raw_logprobs",
             disable_log_stats=True,
             seed=0,
+            **adapters.engine_arguments(settings),
         )
 
     def answer(
@@ -123,6 +128,7 @@ class VllmOffline:
             [{"prompt_token_ids": prompt.token_ids} for prompt in prompts],
             [self._sampling_params(prompt, sampling) for prompt in prompts],
             use_tqdm=_progress_bar(on_done),
+            lora_request=self._adapter,
         )
         if len(outputs) != len(prompts):
             raise unexpected(f"{len(outputs)} answers to {len(prompts)} prompts")
@@ -134,6 +140,7 @@ class VllmOffline:
             [{"prompt_token_ids": text} for text in texts],
             self._params(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
             use_tqdm=False,
+            lora_request=self._adapter,
         )
         values = []
         for text, output in zip(texts, outputs, strict=True):
@@ -145,9 +152,13 @@ class VllmOffline:
             )
         return values
 
-    def refresh(self, model_dir: str) -> None:
+    def refresh(self, settings: EngineSettings) -> None:
         """See `Engine.refresh`."""
-        reload_weights(self._llm, model_dir)
+        if not self._takes_adapters:
+            reload_weights(self._llm, settings.model_dir)
+            return
+        self._num_adapters += 1
+        self._adapter = adapters.request_of(settings.adapter_dir, self._num_adapters)
 
     def _sampling_params(self, prompt: Prompt, sampling: Sampling) -> Any:
         return self._params(

@@ -69,7 +69,7 @@ class VllmServer:
                     "or lower data.max_prompt_length or generation.max_tokens",
                 )
             )
-        self.refresh(settings.model_dir)
+        self.refresh(settings)
 
     def answer(
         self, prompts: Sequence[Prompt], sampling: Sampling, on_done: Callable[[int], None]
@@ -91,14 +91,14 @@ class VllmServer:
         with ThreadPoolExecutor(self._max_num_seqs) as pool:
             return list(pool.map(self._logps_of, texts))
 
-    def refresh(self, model_dir: str) -> None:
+    def refresh(self, settings: EngineSettings) -> None:
         """See `Engine.refresh`; answers to others' requests are cut.
 
         Raises:
             GenerationError: The server refused, or still uses keys and values of the old weights.
         """
         self._post("/pause?mode=abort")
-        self._post("/collective_rpc", {"method": RELOAD, "kwargs": {PATH_ARGUMENT: model_dir}})
+        self._post("/collective_rpc", {"method": RELOAD, "kwargs": {PATH_ARGUMENT: settings.model_dir}})
         if self._post("/reset_prefix_cache").get("success") is not True:
             raise unexpected("no word that it gave up keys and values of the weights it had before")
         self._post("/resume")

@@ -30,6 +30,7 @@ _SAMPLING = (
     "generation.max_tokens",
     "generation.stop_token_ids",
     "generation.dtype",
+    "generation.adapters",
     "trainer.precision",
 )
 _PRECISION = ("trainer.precision", "model.fp8", "model.fp8_recipe")

@@ -10,6 +10,7 @@ from nemo_spin.data.files import Manifest
 _WAYS = {
     "started": "engine started in {seconds:.1f} s",
     "refreshed": "new weights into the running engine in {seconds:.2f} s",
+    "adapted": "adapter into the running engine in {seconds:.2f} s",
     "kept": "engine kept",
 }
 

@@ -15,7 +15,7 @@ from nemo_spin.selfplay.results import read_evaluation
 from nemo_spin.selfplay.run_directory import IterationDirectory
 from nemo_spin.selfplay.stages.engine_notes import describe_engine, write_engine_line
 from nemo_spin.selfplay.stages.export import ExportStage
-from nemo_spin.selfplay.stages.opponent import weights_of
+from nemo_spin.selfplay.stages.opponent import served, weights_of
 from nemo_spin.selfplay.stages.prepare import PrepareStage
 from nemo_spin.selfplay.stages.stage import Stage
 from nemo_spin.selfplay.stages.train import TrainStage
@@ -96,13 +96,14 @@ class EvaluateStage(Stage):
             "inputs": self.inputs(),
         }
         log_path = self.progress_path.with_name(self.progress_path.name.replace(".progress.jsonl", ".log"))
+        loaded = served(self.context, None if self.iteration is None else self.iteration + 1)
         job = heldout.start(
             self.config,
             progress_path=self.progress_path,
             log_path=log_path,
             canary_path=None if self.iteration is None else self.files.canary_path,
             keeper=self.context.keeper,
-            **common,
+            **{**common, **loaded},
         )
         self.follow(job, progress)
         manifest = heldout.finish(self.config, notes=job.notes, **common)

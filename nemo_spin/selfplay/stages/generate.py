@@ -15,8 +15,8 @@ from nemo_spin.selfplay.stages.engine_notes import describe_engine, write_engine
 from nemo_spin.selfplay.stages.opponent import (
     link_opponent,
     opponent_canary,
-    opponent_dir,
     opponent_sha256,
+    served,
 )
 from nemo_spin.selfplay.stages.prepare import PrepareStage
 from nemo_spin.selfplay.stages.stage import Stage
@@ -76,11 +76,11 @@ class GenerateStage(Stage):
             return
         job = generate(
             self.config,
-            model_dir=opponent_dir(self.context, self.iteration),
             progress_path=self.progress_path,
             log_path=self.logs / f"{self.name}.log",
             canary_path=opponent_canary(self.context, self.iteration),
             keeper=self.context.keeper,
+            **served(self.context, self.iteration),
             **common,
         )
         self.follow(job, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from nemo_spin.bridge.checkpoint_files import weights_sha256
 from nemo_spin.selfplay.stages.stage import Context
@@ -12,6 +13,18 @@ from nemo_spin.selfplay.stages.stage import Context
 def opponent_dir(context: Context, iteration: int | None) -> Path:
     """Where theta_t lies: `model.path` for iteration 0 and for plain fine-tuning."""
     return context.run.iteration(iteration - 1).model if iteration else context.theta_0
+
+
+def served(context: Context, iteration: int | None) -> dict[str, Any]:
+    """What the sampler loads for theta_t: `model_dir`, and `adapter_dir` beside it or None.
+
+    Args:
+        context: The stage's.
+        iteration: t.
+    """
+    if not iteration or not context.config.generation.adapters:
+        return {"model_dir": opponent_dir(context, iteration), "adapter_dir": None}
+    return {"model_dir": context.theta_0, "adapter_dir": context.run.iteration(iteration - 1).adapter}
 
 
 def opponent_canary(context: Context, iteration: int | None) -> Path | None:

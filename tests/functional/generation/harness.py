@@ -48,6 +48,7 @@ class Stage:
     inputs: dict[str, Any] = field(default_factory=lambda: {"data": "d" * 64})
     iteration: int = 1
     opponent_sha256: str = "a" * 64
+    adapter_dir: Path | None = None
     canary_path: Path | None = None
     keeper: EngineKeeper | None = None
 
@@ -74,6 +75,7 @@ class Stage:
             inputs=self.inputs,
             progress_path=self.progress_path,
             log_path=self.log_path,
+            adapter_dir=self.adapter_dir,
             canary_path=self.canary_path,
             keeper=self.keeper,
         )

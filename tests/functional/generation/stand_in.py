@@ -69,7 +69,7 @@ _PACKAGE = {
                 if self.obey("reload"):
                     self.model = weights_of(kwargs["weights_path"])
 
-            def generate(self, prompts, params, use_tqdm):
+            def generate(self, prompts, params, use_tqdm, lora_request):
                 if isinstance(params, list):
                     self.obey("generate")
                 else:

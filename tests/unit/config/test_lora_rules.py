@@ -43,6 +43,18 @@ def test_there_is_no_adapter_to_export_without_a_rank() -> None:
     assert refused("model.lora.export_adapter=true").startswith("model.lora.export_adapter: true, with")
 
 
+def test_the_sampler_loads_adapters_that_are_there_and_not_too_large() -> None:
+    served = ("generation.adapters=true", "model.lora.export_adapter=true")
+    accepted(*served, "model.lora.rank=128", "spin.iterations=4")
+    message = refused(*served, "model.lora.rank=128", "spin.iterations=5")
+    assert "at most; that of the last has 640" in message
+    server = ("generation.engine=vllm_server", "generation.server=http://127.0.0.1:8000")
+    message = refused(*served, "model.lora.rank=8", *server)
+    assert message.startswith("generation.adapters: true, with generation.engine vllm_server")
+    message = refused("generation.adapters=true", "model.lora.rank=8")
+    assert message.startswith("generation.adapters: true, with model.lora.export_adapter false")
+
+
 def test_new_adapters_do_not_start_from_the_optimizer_state_of_merged_ones() -> None:
     accepted("model.optim.carry_over=true")
     message = refused("model.lora.rank=8", "model.optim.carry_over=true")

@@ -48,6 +48,14 @@ def test_an_engine_serves_the_same_weights_and_others() -> None:
         assert not process.stopped
 
 
+def test_an_engine_for_adapters_serves_others_beside_the_same_model_only() -> None:
+    process, settings = Process(), {"max_adapter_rank": 16, "adapter_modules": ("q_proj",)}
+    another = replace(SETTINGS, **settings, adapter_dir="/adapter_1", model_sha256="b")
+    assert put(process, **settings).take(another, "/bin/python") is process
+    assert put(process, **settings).take(replace(another, model_dir="/theta_1"), "/bin/python") is None
+    assert process.stopped
+
+
 @pytest.mark.parametrize(
     ("wanted", "python"),
     [

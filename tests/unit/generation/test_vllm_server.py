@@ -86,11 +86,15 @@ def stand_in() -> Iterator[StandIn]:
     thread.join()
 
 
-def connected(stand_in: StandIn, *, max_model_len: int = 64) -> VllmServer:
+def settings(stand_in: StandIn, model_dir: str = "/m1", max_model_len: int = 64) -> EngineSettings:
     address = f"http://127.0.0.1:{stand_in.server_port}/"
-    return VllmServer(
-        EngineSettings("vllm_server", "/m1", "float32", 1, max_model_len, 4, None, 512, 300, "a", address)
+    return EngineSettings(
+        "vllm_server", model_dir, "float32", 1, max_model_len, 4, None, 512, 300, "a", address
     )
+
+
+def connected(stand_in: StandIn, *, max_model_len: int = 64) -> VllmServer:
+    return VllmServer(settings(stand_in, max_model_len=max_model_len))
 
 
 def test_it_is_given_its_weights_before_it_is_asked_and_the_cache_is_emptied(stand_in: StandIn) -> None:
@@ -99,7 +103,7 @@ def test_it_is_given_its_weights_before_it_is_asked_and_the_cache_is_emptied(sta
     assert [path for path, _ in stand_in.asked] == ["/v1/models", *orders]
     assert stand_in.asked[2][1] == {"method": "reload_weights", "kwargs": {"weights_path": "/m1"}}
     assert server.logps([[5, 6, 7]]) == [[-3, -3]]
-    server.refresh("/other")
+    server.refresh(settings(stand_in, "/other"))
     assert [path for path, _ in stand_in.asked][-4:] == orders
     assert server.logps([[5, 6], [7, 8, 9]]) == [[-6], [-6, -6]]
 
