@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,23 @@ def save_asynchronously(state: dict[str, Any], directory: Path) -> Any:
     named = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     way = {"async_strategy": "mcore"} if named else {}
     return dist_checkpointing.save(state, str(directory), ("torch_dist", 1), async_sharded_save=True, **way)
+
+
+@contextmanager
+def norms_are_built(config: Any, has_norms: bool) -> Iterator[None]:
+    """Makes attention take the norms of queries and keys that its spec names.
+
+    Megatron-Core 0.19 refuses them unless the configuration has `qk_layernorm`, which afterwards
+    also sums their gradients over tensor-parallel ranks: wrong for `HeadsNorm`, whose ranks hold
+    other weights each. So it is set only while a model is built; 0.16 looks at the spec alone.
+
+    Args:
+        config: Megatron's TransformerConfig.
+        has_norms: Whether the spec names some of ours.
+    """
+    before = config.qk_layernorm
+    config.qk_layernorm = before or has_norms
+    try:
+        yield
+    finally:
+        config.qk_layernorm = before

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nemo_spin.config.schema import ModelConfig
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.megatron.architecture import Architecture
-from nemo_spin.megatron.compat import complete_router
+from nemo_spin.megatron.compat import complete_router, norms_are_built
 from nemo_spin.megatron.fp8 import fp8_settings
 from nemo_spin.megatron.layer_specs import family_settings, layer_spec, norm_class
 from nemo_spin.megatron.rope import PositionedRotaryEmbedding, concentration_as_scaling_factor
@@ -159,18 +159,19 @@ def _build_chunk(
         layers = get_num_layers_to_build(config, vp_stage=vp_stage)
         spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm_class(architecture))
     is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-    gpt = GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=padded_vocab_size(architecture.vocab_size, model.tensor_model_parallel_size),
-        max_sequence_length=architecture.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=is_last,
-        parallel_output=True,
-        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-        position_embedding_type="learned_absolute" if architecture.learned_positions else "rope",
-        vp_stage=vp_stage,
-    )
+    with norms_are_built(config, architecture.whole_qk_norm):
+        gpt = GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=padded_vocab_size(architecture.vocab_size, model.tensor_model_parallel_size),
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=is_last,
+            parallel_output=True,
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="learned_absolute" if architecture.learned_positions else "rope",
+            vp_stage=vp_stage,
+        )
     if not architecture.learned_positions:
         gpt.rotary_pos_emb = PositionedRotaryEmbedding(
             architecture.rope, architecture.head_dim, config, windowed=architecture.windowed_rope
