@@ -14,6 +14,7 @@ import contextlib
 import multiprocessing
 import os
 import queue
+import random
 import signal
 import socket
 import tempfile
@@ -32,9 +33,12 @@ _MOST_THREADS = 300  # every group of gloo that something still holds is one, an
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Below those that the system hands to others while ranks still start."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("a hundred ports drawn at random are all taken")
 
 
 def _rank_main(tasks: Any, results: Any) -> None:
