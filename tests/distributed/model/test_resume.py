@@ -128,7 +128,8 @@ def test_ranks_leave_together_after_a_step_and_go_on_from_it(trained: Path, tmp_
     checkpoints = tmp_path / "run" / "train" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
     result = run_ranks(_fit, 2, *arguments)
-    assert result["notes"] == ["resuming from step-00000003"] and result["last"] == LAST
+    said = [note for note in result["notes"] if not note.startswith("guard ")]
+    assert said == ["resuming from step-00000003"] and result["last"] == LAST
     undisturbed = run_ranks(_weights, 1, trained / "run" / "train" / "checkpoints" / LAST)
     assert _same(run_ranks(_weights, 1, checkpoints / LAST), undisturbed)
 
