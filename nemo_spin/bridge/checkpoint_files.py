@@ -30,6 +30,7 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _INTEGERS = {2: np.int16, 4: np.int32}
 _CHECK_BYTES = 4 << 20  # read at once when values are checked
+_AHEAD_BYTES = 32 << 20  # asked of the disk at once by who reads a file from front to back
 _EXPONENTS: dict[str, tuple[type[np.uint16] | type[np.uint32], int]] = {
     "F32": (np.uint32, 0x7F800000),
     "BF16": (np.uint16, 0x7F80),
@@ -44,6 +45,7 @@ class Checkpoint:
     directory: Path
     tensors: dict[str, StoredTensor]
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, compare=False, repr=False)
+    _asked: dict[Path, int] = field(default_factory=dict, compare=False, repr=False)
 
     def _mapped(self, name: str) -> np.ndarray:
         """The bytes of a tensor as they lie in the file: [size], uint8, read-only."""
@@ -62,6 +64,22 @@ class Checkpoint:
         first, last = region[0] if region else (0, 1)
         self._release(tensor, first * row_bytes, last * row_bytes)
         return copy
+
+    def position(self, name: str, region: Region) -> tuple[str, int]:
+        """Where a region begins: its file, and the byte in it."""
+        tensor = self.tensors[name]
+        row_bytes = tensor.size // max(1, tensor.shape[0]) if tensor.shape else 0
+        return str(tensor.file), tensor.offset + (region[0][0] * row_bytes if region else 0)
+
+    def ask_for(self, name: str, region: Region) -> None:
+        """Lets the disk read on from a region, for who is to read the file from there to its end."""
+        self._mapped(name)
+        file, (_, start) = self.tensors[name].file, self.position(name, region)
+        if start + _AHEAD_BYTES // 2 < self._asked.get(file, 0):
+            return
+        first, mapped = start // mmap.PAGESIZE * mmap.PAGESIZE, self._maps[file]
+        self._asked[file] = first + _AHEAD_BYTES
+        mapped.madvise(mmap.MADV_WILLNEED, first, min(_AHEAD_BYTES, len(mapped) - first))
 
     def is_finite(self, name: str, start: int, stop: int) -> bool:
         """Whether the values in a range of a tensor's bytes are neither NaN nor infinite."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,7 +16,7 @@ from nemo_spin.bridge.placement import Placed, bits_to_tensor, place, row_blocks
 from nemo_spin.bridge.safetensors_format import ITEM_SIZES, damaged
 from nemo_spin.megatron.architecture import Architecture
 
-_READERS = 2  # threads, each with a block: reading, and looking for NaN, goes on beside the copying
+_READERS = 2  # threads, each with a block: one reads while another looks for NaN and copies
 
 
 def load_weights(model_chunks: Sequence[nn.Module], hf_dir: Path, architecture: Architecture) -> None:
@@ -51,33 +50,30 @@ def _fill(parameters: Sequence[Placed], checkpoint: Checkpoint) -> None:
         covered = sum(view(placed.parameter, piece).numel() for piece in placed.pieces)
         if covered < placed.parameter.numel():
             placed.parameter.zero_()
-    blocks = [
-        (placed, block)
-        for placed in parameters
-        for piece in placed.pieces
-        for block in row_blocks(piece, ITEM_SIZES[checkpoint.tensors[piece.tensor].dtype])
-    ]
-    for placed, block, bits in _read_ahead(blocks, checkpoint):
-        target = view(placed.parameter, block)
-        target.copy_(bits_to_tensor(bits, checkpoint.tensors[block.tensor].dtype).to(target.dtype))
-
-
-def _read_ahead(
-    blocks: Sequence[tuple[Placed, Piece]], checkpoint: Checkpoint
-) -> Iterator[tuple[Placed, Piece, np.ndarray]]:
-    """The blocks with their bits, in order; the next ones are read while one is being copied."""
-
-    def read(block: Piece) -> np.ndarray:
-        stored = checkpoint.tensors[block.tensor]
-        bits = checkpoint.read(block.tensor, block.stored)
-        if not all_finite(bits, stored.dtype):
-            raise damaged(stored.file, f"tensor {block.tensor} holds NaN or infinite values")
-        return bits
-
+    blocks = sorted(
+        (
+            (placed, block)
+            for placed in parameters
+            for piece in placed.pieces
+            for block in row_blocks(piece, ITEM_SIZES[checkpoint.tensors[piece.tensor].dtype])
+        ),
+        key=lambda entry: checkpoint.position(entry[1].tensor, entry[1].stored),  # as a disk likes it
+    )
     with ThreadPoolExecutor(_READERS) as pool:
-        coming = [pool.submit(read, block) for _, block in blocks[:_READERS]]
-        for position, (placed, block) in enumerate(blocks):
-            bits = coming.pop(0).result()
-            for _, later in blocks[position + _READERS : position + _READERS + 1]:
-                coming.append(pool.submit(read, later))
-            yield placed, block, bits
+        copied = [pool.submit(_copy, placed, block, checkpoint) for placed, block in blocks]
+        try:
+            for each in copied:
+                each.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@torch.no_grad()  # of this thread
+def _copy(placed: Placed, block: Piece, checkpoint: Checkpoint) -> None:
+    stored = checkpoint.tensors[block.tensor]
+    checkpoint.ask_for(block.tensor, block.stored)
+    bits = checkpoint.read(block.tensor, block.stored)
+    if not all_finite(bits, stored.dtype):
+        raise damaged(stored.file, f"tensor {block.tensor} holds NaN or infinite values")
+    view(placed.parameter, block).copy_(bits_to_tensor(bits, stored.dtype))
