@@ -47,6 +47,14 @@ def complete_router() -> None:
         moe_utils.te_general_gemm = None
 
 
+def mlp_submodules(mlp: Any) -> Any:
+    """The linear layers that a layer's spec names for its dense MLP.
+
+    Megatron-Core 0.16 has them in a ModuleSpec, 0.19 among the arguments of a partial.
+    """
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+
+
 def save_asynchronously(state: dict[str, Any], directory: Path) -> Any:
     """Prepares a distributed checkpoint; Megatron's AsyncRequest writes it. All ranks must call.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.attention import SegmentAttention
+from nemo_spin.megatron.compat import mlp_submodules
 from nemo_spin.megatron.layers import (
     FamilyLayer,
     ParallelResidualLayer,
@@ -129,7 +130,7 @@ def _put_layer(spec: Any, architecture: Architecture) -> None:
 def _drop_biases(spec: Any, architecture: Architecture) -> None:
     if not (architecture.attention_output_bias or architecture.mlp_bias):
         return  # no layer gets a bias, or those of query, key and value alone
-    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    attention, mlp = spec.submodules.self_attention.submodules, mlp_submodules(spec.submodules.mlp)
     if not architecture.qkv_bias:
         attention.linear_qkv = UnbiasedColumnParallelLinear
     if not architecture.attention_output_bias:
