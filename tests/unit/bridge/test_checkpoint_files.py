@@ -95,6 +95,19 @@ def test_a_surplus_tensor(tmp_path: Path) -> None:
     _refused(tmp_path, "extra")
 
 
+def test_regions_are_found_in_their_file_and_may_be_asked_for_to_its_end(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path))
+    stored = checkpoint.tensors[DOWN]
+    row_bytes = 4 * stored.shape[1]
+    file, first = checkpoint.position(DOWN, ((0, 1), (0, stored.shape[1])))
+    assert (file, first) == (str(stored.file), stored.offset)
+    assert checkpoint.position(DOWN, ((3, 9), (5, 20))) == (file, first + 3 * row_bytes)
+    before = checkpoint.read(DOWN, ((3, 9), (5, 20)))
+    for _ in range(2):  # the file is shorter than what is asked for at once
+        checkpoint.ask_for(DOWN, ((3, 9), (5, 20)))
+    np.testing.assert_array_equal(checkpoint.read(DOWN, ((3, 9), (5, 20))), before)
+
+
 def test_biases_that_the_family_has_not(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "qwen2")
     edit_config(tmp_path, architectures=["LlamaForCausalLM"], head_dim=4, model_type="llama")
