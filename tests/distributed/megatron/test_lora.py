@@ -182,7 +182,9 @@ def test_a_checkpoint_holds_adapters_alone_and_continues_at_any_other_layout(
     (path,) = directory.iterdir()
     tensors = FileSystemReader(path).read_metadata().state_dict_metadata
     adapters = {f"adapters.layers.{n}.{name}.{letter}" for n in (0, 1) for name in ALL for letter in "ab"}
-    assert {name for name in tensors if not name.startswith("optimizer.")} == adapters
+    # Megatron-Core 0.19 keeps `common` among the tensors, as bytes; 0.16 in a file beside them
+    besides = ("optimizer.", "common_state/")
+    assert {name for name in tensors if not name.startswith(besides)} == adapters
     states = {name.removeprefix("optimizer.state.square_avg.") for name in tensors} - adapters
     assert not any("adapters" not in name for name in states if "optimizer.state" in name), states
     sharded = {"use_distributed_optimizer": True}
