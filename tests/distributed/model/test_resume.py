@@ -61,7 +61,7 @@ def _flip(directory: Path) -> None:
 
 
 def _remove(directory: Path) -> None:
-    (directory / "common.pt").unlink()
+    (directory / "metadata.json").unlink()
 
 
 def _lose_record(directory: Path) -> None:
