@@ -23,8 +23,9 @@ from nemo_spin.config.schema import Config, GenerationConfig
 from nemo_spin.data.columns import GENERATED, PREPARED
 from nemo_spin.data.files import write_manifest
 from nemo_spin.data.pairs import iter_shards
-from nemo_spin.generation.job import SamplerJob, wait
+from nemo_spin.generation.job import SamplerJob
 from nemo_spin.generation.keeper import EngineKeeper
+from nemo_spin.generation.running import wait
 from nemo_spin.generation.stage import finish, generate
 
 SUMMARY = "seconds until an engine answers with new weights: refreshed and restarted"

@@ -30,6 +30,7 @@ from nemo_spin.config.pipeline_rules import (
     uneven_stages_are_meant,
 )
 from nemo_spin.config.recompute_rules import RECOMPUTE_KEYS, recomputation_is_of_one_kind
+from nemo_spin.config.replica_rules import REPLICA_KEYS, samplers_have_devices
 from nemo_spin.config.schema import Config
 from nemo_spin.config.server_rules import SERVER_KEYS, server_is_for_its_engine
 
@@ -118,22 +119,6 @@ def _sequence_parallel_needs_tensor_parallel(config: Config) -> list[Mistake]:
             remedy="set it to false, or model.tensor_model_parallel_size to 2 or more",
             also=("model.tensor_model_parallel_size",),
         )
-    ]
-
-
-def _not_supported_yet(config: Config) -> list[Mistake]:
-    reasons = (
-        (
-            "generation.replicas",
-            config.generation.replicas,
-            "one sampler at a time is what is started yet",
-            "generation.tensor_parallel_size uses several devices",
-        ),
-    )
-    return [
-        mistake(key, found=value, rule=f"must be 1: {reason}", remedy=f"set it to 1; {instead}")
-        for key, value, reason, instead in reasons
-        if value != 1
     ]
 
 
@@ -321,7 +306,7 @@ RELATIONS: tuple[Relation, ...] = (
     Relation(OVERLAP_KEYS, overlap_has_something_to_overlap),
     Relation(("model.sequence_parallel", _SIZES[0]), _sequence_parallel_needs_tensor_parallel),
     Relation(("model.expert_model_parallel_size", *_SIZES, *_RANKS), experts_divide_the_ranks),
-    Relation(("generation.replicas",), _not_supported_yet),
+    Relation(REPLICA_KEYS, samplers_have_devices),
     Relation(OFFLOADING_KEYS, offloading_is_for_a_sharded_adam_on_gpus),
     Relation(("launcher.name", "trainer.num_nodes"), _local_launcher_has_one_node),
     Relation(("model.transformer_impl", "trainer.accelerator"), _transformer_engine_needs_a_gpu),

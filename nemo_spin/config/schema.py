@@ -215,6 +215,7 @@ class GenerationConfig:
     # Such as http://127.0.0.1:8000, started with VLLM_SERVER_DEV_MODE=1 and for this run alone. It
     # takes orders from whoever reaches it: the loopback interface or a trusted network, nothing else.
     server: str | None = None
+    server_timeout_s: float = 600.0  # for each call to it; NEMO_SPIN_SERVER_KEY holds its key, if it has one
     python: str | None = None  # interpreter of the worker; null: this one, else .venv-vllm
     num_generations: int = 1  # per prompt
     temperature: Any = 1.0
@@ -223,7 +224,9 @@ class GenerationConfig:
     max_tokens: int = 256
     stop_token_ids: list[int] = field(default_factory=list)  # besides the model's EOS
     tensor_parallel_size: int = 1
-    replicas: int = 1
+    replicas: int = 1  # samplers at work at the same time, with as many devices each
+    replica_attempts: int = 5  # of several: deaths without a shard in between, until it is given up
+    lease_timeout_s: float = 120.0  # of several: without a sign of life for so long, its shard is another's
     shard_rows: int = 512  # prompts per shard
     max_num_seqs: int = 256
     kv_cache_gib: float | None = None  # null: from the model and max_num_seqs (CPU), vLLM's own (GPU)
@@ -274,6 +277,9 @@ class LauncherConfig:
 
     name: str = "local"
     timeout_s: float = 86400.0  # a stage's processes are ended after it
+    attempts: int = (
+        3  # of a stage that fails by what may pass: a killed process, a hung rank, a lost connection
+    )
     preemption_grace_s: float = 60.0  # for a training to save on SIGTERM or SIGUSR1; after it, it is killed
     omp_num_threads: int | None = None  # per rank; null: cores divided by ranks on CPU
 

@@ -9,6 +9,7 @@ sha256: the stage is done exactly if the manifest is there and holds.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from typing import Any
 from nemo_spin.errors import DataError, explain
 
 MANIFEST_NAME = "manifest.json"
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # of file systems that know no hard links
 _CHUNK_BYTES = 8 << 20
 
 
@@ -44,24 +46,44 @@ def sync_file(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, first_wins: bool = False) -> Iterator[Path]:
     """Yields a path beside `path` to write to; renames it into place on success.
+
+    Args:
+        path: The file.
+        first_wins: A file that is there by then stays as it is, whoever wrote it.
 
     Raises:
         DataError: The disk is full. Nothing under `path` was changed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
     try:
         yield partial
         sync_file(partial)
-        os.replace(partial, path)
+        if first_wins:
+            _link(partial, path)
+        else:
+            os.replace(partial, path)
         sync_directory(path.parent)
     except OSError as error:
         raise _storage_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _link(partial: Path, path: Path) -> None:
+    """Gives `partial` the name `path` unless that is taken."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if not path.exists():
+            os.replace(partial, path)
 
 
 @contextlib.contextmanager

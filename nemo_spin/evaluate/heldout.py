@@ -20,10 +20,11 @@ from nemo_spin.data.files import Manifest, atomic_path, write_json, write_manife
 from nemo_spin.data.pairs import read_prepared
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.evaluate.scorer import Scorer, checked_score, load_scorer, scorer_sha256
-from nemo_spin.generation import stage
+from nemo_spin.generation import passes, stage
 from nemo_spin.generation.counts import count_answers
-from nemo_spin.generation.job import RunningGeneration, wait
 from nemo_spin.generation.keeper import EngineKeeper
+from nemo_spin.generation.placement import Place
+from nemo_spin.generation.running import RunningGeneration, wait
 
 RESULTS_NAME = "evaluation.json"
 ANSWERS_NAME = "evaluation.parquet"
@@ -60,6 +61,7 @@ def start(
     adapter_dir: Path | None = None,
     canary_path: Path | None = None,
     keeper: EngineKeeper | None = None,
+    place: Place | None = None,
 ) -> RunningGeneration:
     """Starts answering the held-out prompts.
 
@@ -76,6 +78,7 @@ def start(
         adapter_dir: What makes the model in `model_dir` the one that is evaluated; None: it is.
         canary_path: What Megatron says about the model; None: not known.
         keeper: Gives an engine that lives on, and takes it back; None: one for this alone.
+        place: Where each of `generation.replicas` samplers runs; None: on this machine.
 
     Raises:
         NemoSpinError: The scorer, the model, the prompts or the directory cannot be used.
@@ -92,6 +95,7 @@ def start(
         adapter_dir=adapter_dir,
         canary_path=canary_path,
         keeper=keeper,
+        place=place,
     )
 
 
@@ -134,8 +138,8 @@ def finish(
     answers: list[pa.Table] = []
     files: list[str] = []
     for plan in _passes(config, prepared, iteration=iteration, model_sha256=model_sha256):
-        request = stage.request_of(config, plan)
-        tables = list(stage.sound_tables(out_dir, request))
+        request = passes.request_of(config, plan)
+        tables = list(passes.sound_tables(out_dir, request))
         files += [shard.file for shard in request.shards]
         texts = read_prepared(plan.prepared).select(["id", "prompt_text", "real_text"])
         scored = _scored(pa.concat_tables(tables), texts, name=plan.name, tokenizer=tokenizer, scorer=scorer)
@@ -200,7 +204,7 @@ def evaluate(
     )
 
 
-def _passes(config: Config, prepared: Path, *, iteration: int, model_sha256: str) -> list[stage.PassPlan]:
+def _passes(config: Config, prepared: Path, *, iteration: int, model_sha256: str) -> list[passes.PassPlan]:
     path = (prepared / "heldout.parquet").absolute()
     if not path.is_file():
         raise ConfigError(
@@ -211,11 +215,11 @@ def _passes(config: Config, prepared: Path, *, iteration: int, model_sha256: str
                 remedy="set data.heldout and prepare the data again, or set evaluation.enabled=false",
             )
         )
-    sampling = stage.configured_sampling(config, prepared, iteration)
+    sampling = passes.configured_sampling(config, prepared, iteration)
     ways = {SAMPLED: sampling, GREEDY: replace(sampling, temperature=0.0, top_p=1.0, top_k=0)}
     wanted = {SAMPLED: config.evaluation.sampled, GREEDY: config.evaluation.greedy}
     return [
-        stage.PassPlan(
+        passes.PassPlan(
             name=name,
             prepared=path,
             num_prompts=config.evaluation.num_prompts,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from nemo_spin.data.progress import Progress
 from nemo_spin.errors import GateError, GenerationError, NemoSpinError, explain
 from nemo_spin.generation import status
 from nemo_spin.generation.keeper import NEVER, EngineKeeper
+from nemo_spin.generation.leases import forget
+from nemo_spin.generation.placement import HERE, Placement
 from nemo_spin.generation.process import Interpreter, SamplerProcess
 from nemo_spin.generation.request import GenerationRequest
 
@@ -36,6 +38,8 @@ class Timeouts:
                 return self.load_s, "generation.load_timeout_s"
             case status.CANARY | status.SHARD:
                 return self.shard_s, "generation.shard_timeout_s"
+            case status.WAIT:
+                return math.inf, ""  # for others, whose own steps have limits
             case _:
                 return _END_TIMEOUT_S, ""
 
@@ -55,6 +59,8 @@ class SamplerJob:
         progress: Told when an engine is given up.
         keeper: Holds the process between requests; None: it ends with this one.
         keep: `generation.keep_engine`.
+        slot: Which of the keeper's processes serves it.
+        placement: Where a new process runs.
     """
 
     def __init__(
@@ -67,6 +73,8 @@ class SamplerJob:
         progress: Progress,
         keeper: EngineKeeper | None,
         keep: str,
+        slot: int = 0,
+        placement: Placement = HERE,
     ) -> None:
         self._request = request
         self._request_path = request_path
@@ -75,16 +83,23 @@ class SamplerJob:
         self._progress = progress
         self._keeper = keeper or EngineKeeper()
         self._keep = NEVER if keeper is None else keep
+        self._slot = slot
+        self._placement = placement
         self._log_path = Path(request.log_path)
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         self._is_handed_over = self._is_ending = False
         self._given_up: str | None = None
-        self._process = self._begin(self._keeper.take(request.engine, interpreter.python))
+        self._process = self._begin(self._keeper.take(request.engine, interpreter.python, slot=slot))
 
     @property
     def pid(self) -> int:
         """Of the process, and of its group."""
         return self._process.pid
+
+    @property
+    def share(self) -> status.Share:
+        """What this sampler has answered, where it is one of several."""
+        return self._status.share
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -123,6 +138,11 @@ class SamplerJob:
         if not self._is_handed_over:
             self._process.stop()
 
+    def kill(self) -> None:
+        """Ends the whole process group at once, unless it waits for the next request."""
+        if not self._is_handed_over:
+            self._process.kill()
+
     def describe_failure(self) -> str:
         """The last lines of its log, and the log's path."""
         return f"{self._last_lines()}\n  log:    {self._log_path}"
@@ -137,7 +157,12 @@ class SamplerJob:
         self._is_fresh = kept is None
         self._step, self._step_began = self._status.step, time.monotonic()
         if kept is None:
-            return SamplerProcess(self._interpreter, request_path=self._request_path, log_path=self._log_path)
+            return SamplerProcess(
+                self._interpreter,
+                request_path=self._request_path,
+                log_path=self._log_path,
+                placement=self._placement,
+            )
         try:
             kept.send(self._request_path)
         except OSError:
@@ -146,6 +171,8 @@ class SamplerJob:
 
     def _start_again(self, error: NemoSpinError) -> None:
         self._process.kill()
+        if self._request.leases is not None:  # the new process takes its own
+            forget(Path(self._request.leases.directory), self._request.leases.owner)
         self._given_up = str(error).splitlines()[0][:300]
         self._progress.note(f"the engine of the stage before is given up, a new one starts: {self._given_up}")
         self._process = self._begin(None)
@@ -172,7 +199,7 @@ class SamplerJob:
         if not self._is_ending:
             settings = self._request.engine
             self._is_handed_over = self._keeper.put(
-                self._process, settings=settings, opened=opened, mode=self._keep
+                self._process, settings=settings, opened=opened, mode=self._keep, slot=self._slot
             )
             if self._is_handed_over:
                 return 0
@@ -246,29 +273,6 @@ class NothingToDo:
     def describe_failure(self) -> str:
         """There is none."""
         return ""
-
-
-RunningGeneration = SamplerJob | NothingToDo
-
-
-def wait(job: RunningGeneration, *, poll_s: float = 0.1, on_poll: Callable[[], None] | None = None) -> None:
-    """Returns when the job is done; ends it in every other case.
-
-    Args:
-        job: The running process.
-        poll_s: Seconds between looks at it.
-        on_poll: Called at each.
-
-    Raises:
-        NemoSpinError: It failed.
-    """
-    try:
-        while job.poll() is None:
-            if on_poll is not None:
-                on_poll()
-            time.sleep(poll_s)
-    finally:
-        job.stop()
 
 
 def _signal_name(number: int) -> str:

@@ -1,4 +1,4 @@
-"""Keeps a sampler's process between stages, so that its engine is loaded once.
+"""Keeps samplers' processes between stages, so that their engines are loaded once.
 
 Evaluating theta_{t+1} and generating with it need the same weights, and the next
 iteration's differ in their values alone. What training needs itself is given back first.
@@ -6,6 +6,7 @@ iteration's differ in their values alone. What training needs itself is given ba
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from nemo_spin.generation.capacity import memory_bytes
@@ -26,12 +27,17 @@ class _Idle:
 
 
 class EngineKeeper:
-    """Holds one process that waits for another request, or none."""
+    """Holds processes that wait for another request: at most one in each slot.
+
+    Of several samplers each has a slot, and so the same devices in all stages.
+    """
 
     def __init__(self) -> None:
-        self._idle: _Idle | None = None
+        self._idle: dict[int, _Idle] = {}
 
-    def put(self, process: SamplerProcess, *, settings: EngineSettings, opened: Opened, mode: str) -> bool:
+    def put(
+        self, process: SamplerProcess, *, settings: EngineSettings, opened: Opened, mode: str, slot: int = 0
+    ) -> bool:
         """Takes over a process that has served its request; returns whether it does.
 
         Args:
@@ -39,21 +45,23 @@ class EngineKeeper:
             settings: Of its engine.
             opened: What it said about its engine.
             mode: `generation.keep_engine`.
+            slot: Where it is kept; what was there is ended.
         """
         if mode == NEVER:
             return False
-        self.close()
-        self._idle = _Idle(process, settings, opened, mode)
+        self._close([slot])
+        self._idle[slot] = _Idle(process, settings, opened, mode)
         return True
 
-    def take(self, settings: EngineSettings, python: str) -> SamplerProcess | None:
-        """Hands over the process if its engine can serve `settings`; one that cannot is ended.
+    def take(self, settings: EngineSettings, python: str, *, slot: int = 0) -> SamplerProcess | None:
+        """Hands over the process of a slot if its engine can serve `settings`; one that cannot is ended.
 
         Args:
             settings: What is needed.
             python: The interpreter it has to run under.
+            slot: Where it was kept.
         """
-        idle = self._idle
+        idle = self._idle.get(slot)
         if idle is None:
             return None
         same_weights = idle.settings.model_sha256 == settings.model_sha256
@@ -63,33 +71,37 @@ class EngineKeeper:
             and idle.settings.fits(settings)
             and (same_weights or idle.opened.can_refresh)
         ):
-            self._idle = None
-            return idle.process
-        self.close()
+            return self._idle.pop(slot).process
+        self._close([slot])
         return None
 
     def make_room(self) -> None:
-        """Ends the process where others need what it holds: called before ranks are started.
+        """Ends processes where others need what they hold: called before ranks are started.
 
-        With `auto` it stays on a CPU alone, if its engine takes other weights, is one
-        process (several would go on spinning) and holds little memory.
+        With `auto` they stay on a CPU alone, if their engines take other weights, are one
+        process each (several would go on spinning) and hold little memory together.
         """
-        idle = self._idle
-        if idle is None or idle.mode == ALWAYS:
-            return
-        resident = idle.process.resident_bytes()
-        stays = (
-            idle.opened.device == "cpu"
-            and idle.opened.can_refresh
-            and idle.settings.tensor_parallel_size == 1
-            and resident is not None
-            and resident <= memory_bytes() // _MEMORY_SHARE
+        leaving = [slot for slot, idle in self._idle.items() if idle.mode != ALWAYS]
+        sizes = [self._idle[slot].process.resident_bytes() for slot in leaving]
+        are_small = sum(size or 0 for size in sizes) <= memory_bytes() // _MEMORY_SHARE
+        self._close(
+            [
+                slot
+                for slot, size in zip(leaving, sizes, strict=True)
+                if size is None or not are_small or not _is_in_nobodys_way(self._idle[slot])
+            ]
         )
-        if not stays:
-            self.close()
 
     def close(self) -> None:
-        """Ends the process, if there is one, within seconds."""
-        idle, self._idle = self._idle, None
-        if idle is not None:
-            idle.process.stop()
+        """Ends all processes, within seconds."""
+        self._close(list(self._idle))
+
+    def _close(self, slots: list[int]) -> None:
+        leaving = [self._idle.pop(slot).process for slot in slots if slot in self._idle]
+        if leaving:
+            with ThreadPoolExecutor(len(leaving)) as pool:
+                list(pool.map(lambda process: process.stop(), leaving))
+
+
+def _is_in_nobodys_way(idle: _Idle) -> bool:
+    return idle.opened.device == "cpu" and idle.opened.can_refresh and idle.settings.tensor_parallel_size == 1

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nemo_spin.errors import GenerationError, explain
 from nemo_spin.generation.lifeline import PARENT_VARIABLE
+from nemo_spin.generation.placement import HERE, Placement
 
 _MODULE = "nemo_spin.generation.worker"
 _GRACE_S = 5.0
@@ -44,9 +45,17 @@ class SamplerProcess:
         interpreter: What it runs under.
         request_path: The first request.
         log_path: Its output is appended there, until a request names another log.
+        placement: Where it runs.
     """
 
-    def __init__(self, interpreter: Interpreter, *, request_path: Path, log_path: Path) -> None:
+    def __init__(
+        self,
+        interpreter: Interpreter,
+        *,
+        request_path: Path,
+        log_path: Path,
+        placement: Placement = HERE,
+    ) -> None:
         self.interpreter = interpreter
         self.began = time.monotonic()
         self._ended = False
@@ -54,11 +63,11 @@ class SamplerProcess:
         with log_path.open("ab") as log:
             try:
                 self._process = subprocess.Popen(
-                    [interpreter.python, "-P", "-m", _MODULE, str(request_path)],
+                    [*placement.prefix, interpreter.python, "-P", "-m", _MODULE, str(request_path)],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=_environment(interpreter.python_path),
+                    env=_environment(interpreter.python_path, placement),
                     start_new_session=True,
                 )
             except OSError as error:
@@ -120,7 +129,7 @@ class SamplerProcess:
             os.killpg(self._process.pid, number)
 
 
-def _environment(python_path: str) -> dict[str, str]:
+def _environment(python_path: str, placement: Placement) -> dict[str, str]:
     """Ours, without what tells our interpreter and our ranks where they belong."""
     environment = {
         name: value
@@ -131,7 +140,8 @@ def _environment(python_path: str) -> dict[str, str]:
         **environment,
         "PYTHONPATH": python_path,
         "PYTHONUNBUFFERED": "1",
-        PARENT_VARIABLE: str(os.getpid()),
+        **({PARENT_VARIABLE: str(os.getpid())} if placement.is_child else {}),
+        **placement.environment,
     }
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nemo_spin.errors import DataError, explain
+from nemo_spin.generation.request import Pass
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,23 @@ def check_prompts(
             )
         ) from error
     return PromptLengths(prompts, longest, crowded)
+
+
+def longest_first(passes: Sequence[Pass]) -> tuple[str, ...]:
+    """The shards of all passes, those with the longest prompts first.
+
+    They take longest and need the most memory: begun last, one would keep all waiting; and
+    what does not fit shows at once.
+    """
+    longest: dict[str, int] = {}
+    for generation in passes:
+        read = pq.ParquetFile(generation.prepared).iter_batches(batch_size=4096, columns=["prompt_ids"])
+        lengths = np.concatenate(
+            [np.zeros(0, np.int64), *(pc.list_value_length(b[0]).to_numpy() for b in read)]
+        )
+        for shard in generation.shards:
+            longest[shard.file] = int(lengths[shard.start : shard.start + shard.rows].max(initial=0))
+    return tuple(sorted(longest, key=lambda name: -longest[name]))
 
 
 def _check_ids(path: Path, batch: pa.RecordBatch, vocab_size: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_spin.generation.engine import Sampling
+from nemo_spin.generation.leases import LeaseSettings
 
 REQUEST_NAME = "request.json"
 
@@ -37,6 +38,8 @@ class EngineSettings:
         adapter_dir: Adapter beside `model_dir`, which together are the model; None: none.
         max_adapter_rank: Of any adapter the engine will be given; 0: it takes none, but other weights.
         adapter_modules: The last parts of the names of the linear layers that adapters stand beside.
+        server_timeout_s: Seconds that a call to the server may take; None: without a server.
+        neighbours: Engines like it on its machine, itself included: on a CPU they share cores and memory.
     """
 
     name: str
@@ -53,6 +56,8 @@ class EngineSettings:
     adapter_dir: str | None = None
     max_adapter_rank: int = 0
     adapter_modules: tuple[str, ...] = ()
+    server_timeout_s: float | None = None
+    neighbours: int = 1
 
     @property
     def weights_dir(self) -> str:
@@ -131,6 +136,8 @@ class GenerationRequest:
         status_path: The file the watchdog follows (`status.py`).
         log_path: Where the process's output goes.
         canary: How the engine's weights are checked; None: not.
+        order: The names of all shards, in the order in which they are done; none: as in the passes.
+        leases: How shards are shared with other processes that have the same passes; None: there are none.
     """
 
     engine: EngineSettings
@@ -140,6 +147,8 @@ class GenerationRequest:
     status_path: str
     log_path: str
     canary: CanaryCheck | None
+    order: tuple[str, ...] = ()
+    leases: LeaseSettings | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are written."""
@@ -155,6 +164,8 @@ class GenerationRequest:
                 "engine": _engine(plain["engine"]),
                 "passes": tuple(_pass(entry) for entry in plain["passes"]),
                 "canary": None if plain["canary"] is None else CanaryCheck(**plain["canary"]),
+                "order": tuple(plain["order"]),
+                "leases": None if plain["leases"] is None else LeaseSettings(**plain["leases"]),
             }
         )
 

@@ -117,12 +117,12 @@ def sum_logps(logps: Sequence[float]) -> float:
 
 
 def write_shard(path: Path, table: pa.Table) -> None:
-    """Writes a whole shard or none; equal tables give equal bytes.
+    """Writes a whole shard or none; equal tables give equal bytes, and one that is there stays.
 
     Raises:
         DataError: The disk is full.
     """
-    with atomic_path(path) as partial:
+    with atomic_path(path, first_wins=True) as partial:
         pq.write_table(table, partial, compression="zstd", use_dictionary=False, write_page_checksum=True)
 
 

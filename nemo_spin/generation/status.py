@@ -17,6 +17,7 @@ LOAD = "load"
 REFRESH = "refresh"
 CANARY = "canary"
 SHARD = "shard"
+WAIT = "wait"
 DONE = "done"
 
 
@@ -45,6 +46,21 @@ class Opened:
     canary_difference: float | None = None
 
 
+@dataclass
+class Share:
+    """What one of several samplers has answered.
+
+    Attributes:
+        in_shard: Answers of the shard it is at.
+        answers: Answers of the shards it has published.
+        tokens: Tokens of those.
+    """
+
+    in_shard: int = 0
+    answers: int = 0
+    tokens: int = 0
+
+
 class StatusWriter:
     """Appends what the process begins.
 
@@ -60,8 +76,8 @@ class StatusWriter:
         """A step begins, the one before is done.
 
         Args:
-            kind: `LOAD`, `REFRESH`, `CANARY`, `SHARD` or `DONE` (all is answered; the process
-                waits for another request, or for its end).
+            kind: `LOAD`, `REFRESH`, `CANARY`, `SHARD`, `WAIT` (other samplers are at what is left)
+                or `DONE` (all is answered; the process waits for another request, or for its end).
             name: For messages.
         """
         self._write(kind=kind, name=name)
@@ -69,6 +85,10 @@ class StatusWriter:
     def opened(self, opened: Opened) -> None:
         """The engine is ready."""
         self._write(opened=asdict(opened))
+
+    def share(self, share: Share) -> None:
+        """How much it has answered."""
+        self._write(share=asdict(share))
 
     def error(self, error: NemoSpinError) -> None:
         """The process cannot go on."""
@@ -107,6 +127,7 @@ class StatusReader:
         self.step = Step(LOAD, "starting", 0)
         self.error: NemoSpinError | None = None
         self.opened: Opened | None = None
+        self.share = Share()
 
     def poll(self) -> None:
         """Reads what was appended since the last time."""
@@ -124,5 +145,7 @@ class StatusReader:
                 self.error = error_from_name(event["error"], event["message"])
             elif "opened" in event:
                 self.opened = Opened(**event["opened"])
+            elif "share" in event:
+                self.share = Share(**event["share"])
             else:
                 self.step = Step(event["kind"], event["name"], self.step.number + 1)

@@ -32,7 +32,7 @@ def prepare_environment(settings: EngineSettings) -> None:
     defaults = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if several else "0",  # one device: one process
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads bound to busy cores wait for each other
-        "OMP_NUM_THREADS": str(max(1, cores // settings.tensor_parallel_size)),
+        "OMP_NUM_THREADS": str(max(1, cores // (settings.tensor_parallel_size * settings.neighbours))),
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # `stage` has compared lengths with the model's own
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -85,7 +85,7 @@ class VllmOffline:
                 kv_numbers_per_token=settings.kv_numbers_per_token,
                 max_model_len=settings.max_model_len,
                 max_num_seqs=settings.max_num_seqs,
-                memory_bytes=memory_bytes(),
+                memory_bytes=memory_bytes() // settings.neighbours,
             )
         self.device = "cpu" if on_cpu else str(current_platform.device_type)
         self._takes_adapters = settings.max_adapter_rank > 0

@@ -12,6 +12,11 @@ itself, so both see the same file system.
 | keys and values of the old ones | `POST /reset_prefix_cache` |
 | go on | `POST /resume` |
 
+Every call has a limit on its time (`generation.server_timeout_s`). Questions are asked again, after a
+while, when nobody answered or the server said that it was busy: the same one has the same answer. The
+exchange of weights is not. A key, where the server wants one, comes from the environment variable
+`NEMO_SPIN_SERVER_KEY`, and goes into requests to that address alone: no file, message or log has it.
+
 Requests that arrive together are computed together, so the last bits of a number may differ
 from run to run; with `generation.engine=vllm` they do not. A failed exchange leaves a mixture behind:
 the server has to be started anew, by whoever started it.
@@ -21,6 +26,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -33,14 +40,26 @@ from nemo_spin.generation.engine import Answer, Prompt, Sampling
 from nemo_spin.generation.refresh import PATH_ARGUMENT, RELOAD
 from nemo_spin.generation.request import EngineSettings
 
+KEY_VARIABLE = "NEMO_SPIN_SERVER_KEY"
+_ATTEMPTS = 6
+_FIRST_WAIT_S = 1.0  # doubled each time
+# RFC 9110, 15.5.9 and 15.6: a time-out, a bad gateway, a server that is busy; RFC 6585, 4: too many requests.
+_BUSY = frozenset({408, 429, 502, 503, 504})
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A key is for one address: nobody is to send us, and it, elsewhere."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Follows none: the answer is taken as a refusal."""
+
+
 # Servers are inside the cluster: a proxy for the way out does not know them.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
 
 
 class VllmServer:
     """A running server, given the weights of a directory; see `engine.Engine`.
-
-    Its own limits on time are the stage's: the parent process ends this one.
 
     Args:
         settings: `server` is its address.
@@ -57,6 +76,8 @@ class VllmServer:
         assert settings.server is not None, "relations: a server has an address"
         self._address = settings.server.rstrip("/")
         self._max_num_seqs = settings.max_num_seqs
+        self._timeout_s = settings.server_timeout_s
+        self._key = os.environ.get(KEY_VARIABLE, "").strip()
         served = self._get("/v1/models")["data"][0]
         self._model = str(served["id"])
         if int(served["max_model_len"]) < settings.max_model_len:
@@ -130,41 +151,52 @@ class VllmServer:
 
     def _complete(self, token_ids: list[int], **settings: Any) -> dict[str, Any]:
         body = {"model": self._model, "prompt": token_ids, "return_token_ids": True, **settings}
-        choices = self._post("/v1/completions", body)["choices"]
+        choices = self._post("/v1/completions", body, attempts=_ATTEMPTS)["choices"]
         if len(choices) != 1:
             raise unexpected(f"{len(choices)} answers to one prompt")
         choice: dict[str, Any] = choices[0]
         return choice
 
     def _get(self, path: str) -> dict[str, Any]:
-        return self._send(urllib.request.Request(self._address + path))
+        return self._send(urllib.request.Request(self._address + path), _ATTEMPTS)
 
-    def _post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _post(self, path: str, body: dict[str, Any] | None = None, *, attempts: int = 1) -> dict[str, Any]:
         data = json.dumps(body or {}).encode()
         headers = {"Content-Type": "application/json"}
-        return self._send(urllib.request.Request(self._address + path, data, headers))
+        return self._send(urllib.request.Request(self._address + path, data, headers), attempts)
 
-    def _send(self, request: urllib.request.Request) -> dict[str, Any]:
-        try:
-            with _OPENER.open(request) as response:
-                content = response.read()
-            answer = json.loads(content) if content else {}
-        except urllib.error.HTTPError as error:
-            raise self._refused(request, f"{error.code} {error.reason}: {_first_line(error)}") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise self._refused(request, f"{type(error).__name__}: {error}") from error
-        return answer if isinstance(answer, dict) else {}
+    def _send(self, request: urllib.request.Request, attempts: int) -> dict[str, Any]:
+        if self._key:
+            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+        for attempt in range(1, attempts + 1):
+            try:
+                with _OPENER.open(request, timeout=self._timeout_s) as response:
+                    content = response.read()
+                answer = json.loads(content) if content else {}
+                return answer if isinstance(answer, dict) else {}
+            except urllib.error.HTTPError as error:
+                found = f"{error.code} {error.reason}: {_first_line(error)}"
+                if error.code not in _BUSY or attempt == attempts:
+                    raise self._refused(request, found) from error
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                if attempt == attempts:
+                    raise self._refused(request, f"{type(error).__name__}: {error}") from error
+            time.sleep(_FIRST_WAIT_S * 2.0 ** (attempt - 1))
+        raise AssertionError("the last attempt returns or raises")
 
     def _refused(self, request: urllib.request.Request, found: str) -> GenerationError:
         return GenerationError(
             explain(
                 f"generation.server={self._address}",
-                found=f"{request.selector} was answered by {found}"[:300],
+                found=f"{request.selector} was answered by {self._without_key(found)}"[:300],
                 rule="a vLLM server that answers, and takes other weights",
-                remedy="is it up, and was it started with VLLM_SERVER_DEV_MODE=1? "
-                "after a failed exchange of weights start it anew",
+                remedy="is it up, was it started with VLLM_SERVER_DEV_MODE=1, and does it want a key "
+                f"({KEY_VARIABLE})? after a failed exchange of weights start it anew",
             )
         )
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
 
 
 def _first_line(error: urllib.error.HTTPError) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import TextIO
@@ -18,68 +17,34 @@ from typing import TextIO
 from nemo_spin.data.progress import Progress, ProgressFile
 from nemo_spin.errors import GenerationError, NemoSpinError, explain
 from nemo_spin.generation import status
-from nemo_spin.generation.engine import Answer, Engine, Prompt
+from nemo_spin.generation.engine import Engine, Prompt
 from nemo_spin.generation.host import EngineHost, describe
 from nemo_spin.generation.lifeline import die_with_parent
+from nemo_spin.generation.reporter import Reporter, ShareReporter
 from nemo_spin.generation.request import EngineSettings, GenerationRequest, Pass, ShardPlan, read_request
 from nemo_spin.generation.seeds import request_seed
 from nemo_spin.generation.shards import PreparedRows, answers_table, write_shard
-
-
-class Reporter:
-    """Counts answers and tokens, and tells the progress file.
-
-    Args:
-        progress: Where it goes.
-        total: Answers in all.
-        done: Answers that were there already.
-    """
-
-    def __init__(self, progress: Progress, *, total: int, done: int) -> None:
-        self._progress = progress
-        self._total = total
-        self._done = done
-        self._in_shard = 0
-        self._tokens = 0
-        self._answers = 0
-        self._began = time.monotonic()
-        self._values: dict[str, float] = {}
-        progress.update(done, total, "answers")
-
-    def answered(self, count: int) -> None:
-        """The engine has answered `count` more prompts."""
-        self._in_shard += count
-        done = min(self._done + self._in_shard, self._total)
-        self._progress.update(done, self._total, "answers", **self._values)
-
-    def shard_done(self, answers: list[Answer]) -> None:
-        """A shard is written."""
-        self._done += len(answers)
-        self._in_shard = 0
-        self._answers += len(answers)
-        self._tokens += sum(len(answer.token_ids) for answer in answers)
-        self._values = {
-            "tokens_per_s": round(self._tokens / max(time.monotonic() - self._began, 1e-9), 1),
-            "mean_length": round(self._tokens / max(self._answers, 1), 1),
-        }
-        self._progress.update(self._done, self._total, "answers", **self._values)
+from nemo_spin.generation.turns import missing, num_answers, turns
 
 
 def run(
     request: GenerationRequest, *, engine: Engine, steps: status.StatusWriter, progress: Progress
 ) -> None:
-    """Answers every shard of every pass that is not there.
+    """Answers every shard of every pass that is not there and that no other process answers.
 
     Raises:
         NemoSpinError: The engine or the disk failed.
     """
     out_dir = Path(request.out_dir)
-    planned = [(generation, shard) for generation in request.passes for shard in generation.shards]
-    missing = [(generation, shard) for generation, shard in planned if not (out_dir / shard.file).exists()]
-    reporter = Reporter(progress, total=_answers(planned), done=_answers(planned) - _answers(missing))
+    reporter: Reporter | ShareReporter
+    if request.leases is None:
+        planned = [(generation, shard) for generation in request.passes for shard in generation.shards]
+        done = num_answers(planned) - num_answers(missing(request))
+        reporter = Reporter(progress, total=num_answers(planned), done=done)
+    else:
+        reporter = ShareReporter(steps)
     prepared: dict[str, PreparedRows] = {}
-    for generation, shard in missing:
-        steps.step(status.SHARD, shard.file)
+    for generation, shard in turns(request, steps):
         if generation.prepared not in prepared:
             prepared = {generation.prepared: PreparedRows(Path(generation.prepared))}
         rows = prepared[generation.prepared].read(shard.start, shard.rows)
@@ -93,10 +58,6 @@ def run(
             raise _engine_failed(shard, error) from error
         write_shard(out_dir / shard.file, answers_table(rows, answers, generation))
         reporter.shard_done(answers)
-
-
-def _answers(shards: list[tuple[Pass, ShardPlan]]) -> int:
-    return sum(shard.rows * generation.num_generations for generation, shard in shards)
 
 
 def _prompts(rows: list[dict[str, object]], generation: Pass, engine: EngineSettings) -> list[Prompt]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from nemo_spin.config.schema import Config
+from nemo_spin.generation.placement import Place
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,29 @@ class Launcher(Protocol):
 
     def start(self, job: Job) -> RankJob:
         """Starts all ranks of `job` and returns at once."""
+
+
+@runtime_checkable
+class PlacesSamplers(Protocol):
+    """A launcher with more than this machine says where each of several samplers runs."""
+
+    def place_samplers(self, *, replicas: int, tensor_parallel_size: int) -> Place:
+        """A place for each sampler, with as many devices of one machine.
+
+        Args:
+            replicas: `generation.replicas`.
+            tensor_parallel_size: Devices of each.
+
+        Raises:
+            ConfigError: There is not enough room for all.
+        """
+
+
+def sampler_place(launcher: Launcher, config: Config) -> Place | None:
+    """Where samplers run; None: on this machine."""
+    if not isinstance(launcher, PlacesSamplers):
+        return None
+    generation = config.generation
+    return launcher.place_samplers(
+        replicas=generation.replicas, tensor_parallel_size=generation.tensor_parallel_size
+    )

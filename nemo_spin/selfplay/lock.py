@@ -10,7 +10,6 @@ looked at, so clocks that differ between machines do no harm.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -20,10 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nemo_spin.data.files import NO_LINKS
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.selfplay.storage import storage_error
 
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # of file systems that know no hard links
 HEARTBEAT_S = 10.0
 SILENT_AFTER_S = 60.0
 
@@ -142,7 +141,7 @@ def _link(mine: Path, path: Path, text: str) -> None:
     except FileNotFoundError as error:  # the owner of the lock has tidied up: look again
         raise FileExistsError from error
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in NO_LINKS:
             raise
         with path.open("x", encoding="utf-8") as stream:
             stream.write(text)

@@ -11,6 +11,7 @@ from nemo_spin.evaluate import heldout
 from nemo_spin.evaluate.scorer import load_scorer, scorer_sha256
 from nemo_spin.generation.environment import sampler_python
 from nemo_spin.selfplay.inputs import config_inputs
+from nemo_spin.selfplay.launcher import sampler_place
 from nemo_spin.selfplay.results import read_evaluation
 from nemo_spin.selfplay.run_directory import IterationDirectory
 from nemo_spin.selfplay.stages.engine_notes import describe_engine, write_engine_line
@@ -103,6 +104,7 @@ class EvaluateStage(Stage):
             log_path=log_path,
             canary_path=None if self.iteration is None else self.files.canary_path,
             keeper=self.context.keeper,
+            place=sampler_place(self.context.launcher, self.config),
             **{**common, **loaded},
         )
         self.follow(job, progress)

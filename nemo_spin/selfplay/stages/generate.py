@@ -11,6 +11,7 @@ from nemo_spin.data.progress import Progress
 from nemo_spin.generation.environment import sampler_python
 from nemo_spin.generation.given import write_given
 from nemo_spin.generation.stage import finish, generate
+from nemo_spin.selfplay.launcher import sampler_place
 from nemo_spin.selfplay.stages.engine_notes import describe_engine, write_engine_line
 from nemo_spin.selfplay.stages.opponent import (
     link_opponent,
@@ -80,6 +81,7 @@ class GenerateStage(Stage):
             log_path=self.logs / f"{self.name}.log",
             canary_path=opponent_canary(self.context, self.iteration),
             keeper=self.context.keeper,
+            place=sampler_place(self.context.launcher, self.config),
             **served(self.context, self.iteration),
             **common,
         )

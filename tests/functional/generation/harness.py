@@ -14,8 +14,8 @@ from nemo_spin.config.schema import Config, GenerationConfig
 from nemo_spin.data.columns import GENERATED
 from nemo_spin.data.files import Manifest
 from nemo_spin.data.pairs import iter_shards
-from nemo_spin.generation.job import RunningGeneration, wait
 from nemo_spin.generation.keeper import EngineKeeper
+from nemo_spin.generation.running import RunningGeneration, wait
 from nemo_spin.generation.stage import finish, generate
 
 MAX_TOKENS = 24

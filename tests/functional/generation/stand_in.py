@@ -1,7 +1,8 @@
 """A stand-in for vLLM, for what the real one cannot be made to do: hang, lie, or end when asked.
 
 It starts in a moment, and is put where `import vllm` finds it. What it answers depends on
-the first byte of `model.safetensors`' data alone; a file `orders.json` in the directory that
+the first byte of `model.safetensors`' data alone
+(and, if so ordered, on the seed of the request); a file `orders.json` in the directory that
 `ORDERS` names tells it how to misbehave. The worker, its protocol and everything on the
 parent's side are the real ones.
 """
@@ -19,10 +20,12 @@ _PACKAGE = {
         import dataclasses, json, os, time
         from pathlib import Path
 
+        ORDERS = {}
+
         class Completion:
-            def __init__(self, token, logp, stop):
-                self.token_ids, self.finish_reason = [token], "stop" if stop else "length"
-                self.logprobs = [{token: Logprob(logp)}]
+            def __init__(self, tokens, logp):
+                self.token_ids, self.finish_reason = tokens, "stop"
+                self.logprobs = [{token: Logprob(logp)} for token in tokens]
 
         @dataclasses.dataclass
         class Logprob:
@@ -32,8 +35,8 @@ _PACKAGE = {
             finished = True
 
             def __init__(self, prompt, params, model):
-                token = 3
-                self.outputs = [Completion(token, model, True)]
+                seed = params.values.get("seed") if ORDERS.get("seeded") else None
+                self.outputs = [Completion([3] if seed is None else [40 + seed % 200, 3], model)]
                 self.prompt_logprobs = [None, *({t: Logprob(model)} for t in prompt[1:])]
 
         class SamplingParams:
@@ -49,8 +52,10 @@ _PACKAGE = {
                 self.obey("load")
 
             def obey(self, moment):
-                orders = json.loads(Path(os.environ["ORDERS"], "orders.json").read_text())
-                match orders.get(moment):
+                ORDERS.clear()
+                ORDERS.update(json.loads(Path(os.environ["ORDERS"], "orders.json").read_text()))
+                time.sleep(ORDERS.get("seconds", 0.0))
+                match ORDERS.get(moment):
                     case "hang":
                         time.sleep(600)
                     case "fail":
@@ -102,5 +107,9 @@ def write_package(directory: Path) -> Path:
 
 
 def order(directory: Path, **orders: Any) -> None:
-    """How the stand-in misbehaves from now on: `load`, `reload`, `generate` = hang | fail | die | nothing."""
+    """How the stand-in behaves from now on.
+
+    `load`, `reload`, `generate` = hang | fail | die | nothing; `seconds` that each of them takes;
+    `seeded` answers that differ.
+    """
     write_json(directory / "orders.json", orders)

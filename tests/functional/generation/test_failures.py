@@ -15,7 +15,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from nemo_spin.errors import CheckpointError, ConfigError, DataError, GenerationError
-from nemo_spin.generation.job import SamplerJob, wait
+from nemo_spin.generation.job import SamplerJob
+from nemo_spin.generation.running import wait
 from tests import models, prepared
 from tests.functional.generation.harness import Stage, configuration
 

@@ -18,8 +18,9 @@ import pytest
 
 from nemo_spin.errors import GateError, GenerationError
 from nemo_spin.generation.canary import Canary, CanaryText, write_canary
-from nemo_spin.generation.job import SamplerJob, wait
+from nemo_spin.generation.job import SamplerJob
 from nemo_spin.generation.keeper import EngineKeeper
+from nemo_spin.generation.running import wait
 from tests.functional.generation.harness import Stage, configuration
 from tests.functional.generation.stand_in import order, write_package
 from tests.functional.generation.test_failures import is_alive

@@ -12,8 +12,9 @@ import pytest
 from nemo_spin.data.files import Manifest, read_manifest
 from nemo_spin.errors import GateError
 from nemo_spin.generation.canary import Canary, CanaryText, write_canary
-from nemo_spin.generation.job import SamplerJob, wait
+from nemo_spin.generation.job import SamplerJob
 from nemo_spin.generation.keeper import EngineKeeper
+from nemo_spin.generation.running import wait
 from tests import models, prepared
 from tests.functional.generation.harness import Stage
 

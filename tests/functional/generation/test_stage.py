@@ -13,7 +13,8 @@ import pytest
 
 from nemo_spin.data.files import read_manifest, sha256_file, verify_manifest
 from nemo_spin.errors import ConfigError
-from nemo_spin.generation.job import NothingToDo, SamplerJob, wait
+from nemo_spin.generation.job import NothingToDo, SamplerJob
+from nemo_spin.generation.running import wait
 from tests import prepared
 from tests.functional.generation.harness import MAX_TOKENS, STOP_TOKEN_IDS, Stage, by_key, configuration
 

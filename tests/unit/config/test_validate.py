@@ -182,7 +182,16 @@ def test_the_global_batch_is_whole_microbatches_of_every_rank() -> None:
             ["model.expert_model_parallel_size=2"],
             "model.expert_model_parallel_size: 2, with 1 ranks in each of 1 pipeline stages",
         ),
-        (["generation.replicas=2"], "generation.replicas: 2\n  rule:   must be 1: one sampler at a time"),
+        (
+            ["generation.replicas=3", "trainer.accelerator=gpu", "trainer.devices=2"],
+            "generation.replicas: 3 x generation.tensor_parallel_size 1, with trainer.num_nodes 1 x "
+            "trainer.devices 2\n  rule:   every sampler has GPUs of its own, all on one node\n"
+            "  remedy: set it to 2",
+        ),
+        (
+            ["generation.replicas=2", "generation.engine=vllm_server", "generation.server=http://a:1"],
+            "one client asks the server",
+        ),
         (["trainer.num_nodes=2"], "the local launcher starts ranks on this machine only"),
         (["model.transformer_impl=transformer_engine", "trainer.accelerator=cpu"], "run on GPUs only"),
         (["model.optim.betas=[0.9]"], "model.optim.betas: [0.9]\n  rule:   two numbers"),

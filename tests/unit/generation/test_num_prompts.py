@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from nemo_spin.config.load import from_mapping
 from nemo_spin.data.columns import PREPARED
 from nemo_spin.data.files import write_manifest
-from nemo_spin.generation import stage
-from nemo_spin.generation.stage import PROMPTS_NAME, request_of
+from nemo_spin.generation import passes
+from nemo_spin.generation.passes import PROMPTS_NAME, request_of
 
 ROWS = 20
 
@@ -33,11 +33,11 @@ def _asked(directory: Path, prepared: Path, iteration: int, num_prompts: object)
     """Split -> ids of the prompts that a request names, over all of its shards."""
     spin = {"num_prompts": num_prompts, "iterations": 2}
     config = from_mapping({"spin": spin, "generation": {"shard_rows": 4}})
-    if stage._answers_some(config, iteration):
-        stage._write_prompts(config, prepared / "train.parquet", directory / PROMPTS_NAME, iteration)
-    passes = stage._passes(config, prepared, out_dir=directory, iteration=iteration, opponent_sha256="a")
+    if passes.answers_some(config, iteration):
+        passes.write_prompts(config, prepared / "train.parquet", directory / PROMPTS_NAME, iteration)
+    plans = passes.split_passes(config, prepared, out_dir=directory, iteration=iteration, opponent_sha256="a")
     asked = {}
-    for plan in passes:
+    for plan in plans:
         ids = pq.read_table(plan.prepared)["id"].to_pylist()
         shards = request_of(config, plan).shards
         asked[plan.name] = [name for shard in shards for name in ids[shard.start : shard.start + shard.rows]]

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from nemo_spin.errors import GenerationError
+from nemo_spin.generation import vllm_server
 from nemo_spin.generation.engine import Prompt, Sampling
 from nemo_spin.generation.request import EngineSettings
 from nemo_spin.generation.vllm_server import VllmServer
@@ -30,6 +32,9 @@ class StandIn(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.silence = threading.Event()
+        self.keys: set[str | None] = set()
+        self.fails: dict[str, list[int]] = {}  # codes to answer with first; 0: never
         self.weights = ""
         self.replies: dict[str, tuple[int, Any]] = {}  # instead of the usual ones
 
@@ -64,6 +69,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: dict[str, Any]) -> None:
         self.server.asked.append((self.path, body))
+        self.server.keys.add(self.headers["Authorization"])
+        failing = self.server.fails.get(self.path)
+        if failing:
+            code = failing.pop(0)
+            if code == 0:
+                self.server.silence.wait(1)
+                self.close_connection = True
+            else:
+                self.send_error(code, f"refused {self.headers['Authorization']}")
+            return
         code, reply = self.server.replies.get(self.path, (200, self.server.reply(self.path, body)))
         content = json.dumps(reply).encode()
         self.send_response(code)
@@ -145,10 +160,56 @@ def test_a_server_with_too_short_a_context_is_refused_before_it_is_touched(stand
     assert [path for path, _ in stand_in.asked] == ["/v1/models"]
 
 
-def test_nobody_there(stand_in: StandIn) -> None:
+def test_nobody_there(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_server, "_FIRST_WAIT_S", 0.0)
     stand_in.shutdown()
     stand_in.server_close()
     with pytest.raises(GenerationError, match=r"(?s)/v1/models.*refused.*is it up"):
+        connected(stand_in)
+
+
+def test_a_question_is_asked_again_where_the_server_is_busy_or_silent(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(vllm_server.time, "sleep", waits.append)
+    stand_in.fails = {"/v1/models": [503], "/v1/completions": [429, 0, 502]}
+    server = VllmServer(replace(settings(stand_in), server_timeout_s=0.3))
+    (answer,) = server.answer([Prompt([5], 1, 3)], SAMPLING, lambda _: None)
+    assert answer.token_ids == [5, 2]
+    assert waits == [1.0, 1.0, 2.0, 4.0], "longer each time"
+    stand_in.fails = {"/v1/completions": [503] * 9}
+    with pytest.raises(GenerationError, match="503"):
+        server.answer([Prompt([5], 1, 3)], SAMPLING, lambda _: None)
+    assert len(stand_in.fails["/v1/completions"]) == 3
+    for path, code in (("/v1/completions", 400), ("/collective_rpc", 503)):  # wrong; done in part, perhaps
+        stand_in.fails = {path: [code]}
+        with pytest.raises(GenerationError, match=f"{path} was answered by {code}"):
+            server.answer([Prompt([5], 1, 3)], SAMPLING, lambda _: None)
+            server.refresh(settings(stand_in))
+
+
+def test_a_key_goes_to_the_server_and_into_no_message(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connected(stand_in)
+    assert stand_in.keys == {None}
+    monkeypatch.setenv("NEMO_SPIN_SERVER_KEY", "sk-secret")
+    stand_in.keys.clear()
+    connected(stand_in)
+    assert stand_in.keys == {"Bearer sk-secret"}
+    stand_in.fails = {"/v1/models": [401]}
+    with pytest.raises(GenerationError) as caught:
+        connected(stand_in)
+    assert "401 refused Bearer ***" in str(caught.value)
+    assert "NEMO_SPIN_SERVER_KEY" in str(caught.value)
+    assert "sk-secret" not in str(caught.value)
+    assert "sk-secret" not in repr(settings(stand_in))
+
+
+def test_a_server_that_sends_us_elsewhere_is_refused(stand_in: StandIn) -> None:
+    stand_in.fails = {"/v1/models": [302]}
+    with pytest.raises(GenerationError, match="answered by 302"):
         connected(stand_in)
 
 
