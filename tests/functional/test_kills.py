@@ -1,0 +1,131 @@
+"""A hundred kills at random over whole runs, of any process: each run ends with the undisturbed bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_spin.data.files import read_manifest
+from tests.functional.commands import VLLM_PYTHON, nemo_spin, start, write_config
+from tests.functional.conftest import TinyData
+from tests.functional.test_loop import descendants, is_running, wait_for
+
+KILLS = 100
+ITERATIONS = 2
+LONGEST_S = 22.0  # between two kills; most stages take less, so every run gets on
+_KINDS = {
+    "nemo_spin.cli": "driver",
+    "nemo_spin.launch.rank": "rank",
+    "nemo_spin.generation.worker": "sampler",
+}
+
+
+@pytest.fixture
+def config(tiny_model: Path, tiny_data: TinyData, tmp_path: Path) -> Path:
+    return write_config(
+        tmp_path / "tiny.yaml",
+        {
+            "model": {"path": str(tiny_model), "micro_batch_size": 4, "global_batch_size": 16},
+            "spin": {"iterations": ITERATIONS, "lr": 1e-4, "epochs": 1},
+            "data": {
+                "train": str(tiny_data.train),
+                "max_prompt_length": 64,
+                "max_response_length": 32,
+                "num_workers": 1,
+            },
+            "generation": {"python": VLLM_PYTHON, "max_tokens": 16, "shard_rows": 8},
+            "trainer": {"save_interval": 1},
+        },
+    )
+
+
+def results(run_dir: Path) -> dict[str, str]:
+    """The hashes of all answers, log-probabilities and exported models of a finished run."""
+    found = {}
+    for iteration in range(ITERATIONS):
+        for stage in ("generated", "scored", "model"):
+            directory = run_dir / f"iter_{iteration:02d}" / stage
+            manifest = read_manifest(directory)
+            assert manifest is not None, f"{directory} is not done"
+            found |= {f"{iteration}/{stage}/{name}": file["sha256"] for name, file in manifest.files.items()}
+    return found
+
+
+def kind(pid: int) -> str:
+    """What a process is, by its command line."""
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        return next((_KINDS[word] for word in words if word in _KINDS), "helper")
+    return "gone"
+
+
+def kill_one(command: subprocess.Popen[str], chance: random.Random) -> str | None:
+    """Kills the command or a process that it started, directly or not; returns which."""
+    candidates = [command.pid, *(pid for pid, _ in descendants(command.pid))]
+    by_kind: dict[str, list[int]] = {}
+    for pid in candidates:
+        by_kind.setdefault(kind(pid), []).append(pid)
+    by_kind.pop("gone", None)
+    if not by_kind:
+        return None
+    chosen = chance.choice(sorted(by_kind))  # kinds are equally likely, however many helpers there are
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(chance.choice(by_kind[chosen]), signal.SIGKILL)
+    return chosen
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_hundred_kills_of_any_process_change_no_byte(
+    config: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    began = time.monotonic()
+    result = nemo_spin("run", "--config", str(config), f"run_dir={tmp_path / 'undisturbed'}")
+    assert result.returncode == 0, result.stderr + result.stdout
+    undisturbed = results(tmp_path / "undisturbed")
+    took = time.monotonic() - began
+    chance = random.Random(20240607)
+    killed: Counter[str] = Counter()
+    runs = starts = 0
+    while killed.total() < KILLS:
+        run_dir = tmp_path / f"run_{runs}"
+        runs += 1
+        done = False
+        while not done:
+            command = start("run", "--config", str(config), f"run_dir={run_dir}")
+            starts += 1
+            done = _disturb(command, chance, killed)
+            with (tmp_path / "kills.log").open("a") as log:  # to look at meanwhile
+                log.write(f"run {runs}, start {starts}: {killed}, {time.monotonic() - began:.0f} s\n")
+        assert results(run_dir) == undisturbed
+    assert {"driver", "rank", "sampler"} <= killed.keys()
+    facts = {**killed, "runs": runs, "starts": starts, "undisturbed_s": took}
+    for name, value in {**facts, "seconds": time.monotonic() - began}.items():
+        record_property(name, value)  # in --junit-xml
+
+
+def _disturb(command: subprocess.Popen[str], chance: random.Random, killed: Counter[str]) -> bool:
+    """Kills something now and then until the command ends; returns whether it ended well."""
+    children: set[tuple[int, int]] = set()
+    due = time.monotonic() + chance.uniform(1, LONGEST_S)
+    while command.poll() is None:
+        time.sleep(0.05)
+        if time.monotonic() < due or killed.total() >= KILLS:
+            continue
+        children |= set(descendants(command.pid))
+        killed.update(filter(None, [kill_one(command, chance)]))
+        due = time.monotonic() + chance.uniform(1, LONGEST_S)
+    out, errors = command.communicate()
+    wait_for(lambda: not any(map(is_running, children)), 60, "what was started ends")
+    assert command.returncode in (0, 1, 2, -signal.SIGKILL), out + errors
+    assert not any(line.startswith("Traceback") for line in errors.splitlines()), errors
+    return command.returncode == 0
