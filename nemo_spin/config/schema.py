@@ -277,9 +277,6 @@ class LauncherConfig:
 
     name: str = "local"
     timeout_s: float = 86400.0  # a stage's processes are ended after it
-    attempts: int = (
-        3  # of a stage that fails by what may pass: a killed process, a hung rank, a lost connection
-    )
     preemption_grace_s: float = 60.0  # for a training to save on SIGTERM or SIGUSR1; after it, it is killed
     omp_num_threads: int | None = None  # per rank; null: cores divided by ranks on CPU
 
