@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,23 +59,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """All stages of all iterations, going on where an earlier start stopped."""
-    from nemo_spin.launch.local import LocalLauncher
+    from nemo_spin.launch.choice import launcher_of
     from nemo_spin.selfplay import loop
     from nemo_spin.selfplay.screen import Screen
 
     config = _load(options, command="run")
-    loop.run(config, launcher=LocalLauncher(), screen=Screen())
+    loop.run(config, launcher=launcher_of(config), screen=Screen())
 
 
 def stage(options: argparse.Namespace) -> None:
     """One stage: prepare, generate, score, train, export, evaluate or import-hf."""
-    from nemo_spin.launch.local import LocalLauncher
+    from nemo_spin.launch.choice import launcher_of
     from nemo_spin.selfplay import loop
     from nemo_spin.selfplay.screen import Screen
 
     config = _load(options, command=options.command)
     iteration = getattr(options, "iteration", None)
-    loop.run_stage(config, options.command, iteration=iteration, launcher=LocalLauncher(), screen=Screen())
+    loop.run_stage(
+        config, options.command, iteration=iteration, launcher=launcher_of(config), screen=Screen()
+    )
     if getattr(options, "to", None) is not None:
         from nemo_spin.selfplay.official import write_official
 
@@ -84,12 +87,28 @@ def stage(options: argparse.Namespace) -> None:
 
 def sft(options: argparse.Namespace) -> None:
     """Plain fine-tuning on the demonstrations."""
-    from nemo_spin.launch.local import LocalLauncher
+    from nemo_spin.launch.choice import launcher_of
     from nemo_spin.selfplay import loop
     from nemo_spin.selfplay.screen import Screen
 
     config = _load(options, command="sft")
-    loop.run_sft(config, launcher=LocalLauncher(), screen=Screen())
+    loop.run_sft(config, launcher=launcher_of(config), screen=Screen())
+
+
+def slurm(options: argparse.Namespace) -> None:
+    """The batch script of a run: written into run_dir, shown, or submitted."""
+    from nemo_spin.launch import submit
+
+    submission = submit.compose(options.config, options.overrides, options.sweep)
+    if options.dry_run:
+        print(submission.text, end="")
+        return
+    script = submission.write()
+    print(
+        submit.submit(script)
+        if options.submit
+        else f"{script}\nsubmit it with: {shlex.join(['sbatch', str(script)])}"
+    )
 
 
 def status(options: argparse.Namespace) -> None:
@@ -199,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the command to use it with",
     )
     _add_plan(commands)
+    _add_slurm(commands)
     asked = commands.add_parser("doctor", help="whether a model is supported", description=doctor.__doc__)
     asked.add_argument("--model", metavar="PATH", required=True, help="a Hugging Face directory")
     asked.set_defaults(function=doctor)
@@ -237,6 +257,22 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
             f"--{what}-tokens", type=float, metavar="MEAN", help=f"on average; default: {limit}"
         )
     planned.add_argument("--json", action="store_true", help="bytes and seconds, for scripts")
+
+
+def _add_slurm(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    submitted = _add(
+        commands, "slurm", slurm, "a batch script of `run` for Slurm, from conf/launcher/slurm.yaml"
+    )
+    ways = submitted.add_mutually_exclusive_group()
+    ways.add_argument("--dry-run", action="store_true", help="show the script, write nothing")
+    ways.add_argument("--submit", action="store_true", help="write it into run_dir/slurm and submit it")
+    submitted.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="an array with a run for each value, or for each combination of several --sweep",
+    )
 
 
 def _add(

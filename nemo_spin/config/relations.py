@@ -33,6 +33,7 @@ from nemo_spin.config.recompute_rules import RECOMPUTE_KEYS, recomputation_is_of
 from nemo_spin.config.replica_rules import REPLICA_KEYS, samplers_have_devices
 from nemo_spin.config.schema import Config
 from nemo_spin.config.server_rules import SERVER_KEYS, server_is_for_its_engine
+from nemo_spin.config.slurm_rules import SLURM_KEYS, slurm_understands
 
 _RANKS = ("trainer.devices", "trainer.num_nodes")
 _SIZES = (
@@ -130,7 +131,7 @@ def _local_launcher_has_one_node(config: Config) -> list[Mistake]:
             "trainer.num_nodes",
             found=f"{config.trainer.num_nodes}, with launcher.name local",
             rule="the local launcher starts ranks on this machine only",
-            remedy="set it to 1 and trainer.devices to the number of ranks",
+            remedy="set it to 1 and trainer.devices to the number of ranks, or use another launcher",
             also=("launcher.name",),
         )
     ]
@@ -309,6 +310,7 @@ RELATIONS: tuple[Relation, ...] = (
     Relation(REPLICA_KEYS, samplers_have_devices),
     Relation(OFFLOADING_KEYS, offloading_is_for_a_sharded_adam_on_gpus),
     Relation(("launcher.name", "trainer.num_nodes"), _local_launcher_has_one_node),
+    Relation(SLURM_KEYS, slurm_understands),
     Relation(("model.transformer_impl", "trainer.accelerator"), _transformer_engine_needs_a_gpu),
     Relation(FP8_KEYS, fp8_has_what_it_needs),
     Relation(("model.optim.betas",), _two_betas),

@@ -120,6 +120,11 @@ RANGES: dict[str, Range] = {
     "launcher.timeout_s": _POSITIVE,
     "launcher.preemption_grace_s": Range(low=0),
     "launcher.omp_num_threads": _COUNT,
+    "launcher.join_timeout_s": _POSITIVE,
+    "launcher.silence_timeout_s": _POSITIVE,
+    "launcher.slurm.gpus_per_node": _FROM_ZERO,
+    "launcher.slurm.cpus_per_task": _COUNT,
+    "launcher.slurm.signal_s": Range(low=1, high=65535, whole=True),  # as sbatch
     "evaluation.num_prompts": _COUNT,
 }
 
@@ -177,7 +182,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "generation.dtype": ("auto", "float32", "bfloat16", "float16"),
     "trainer.accelerator": ("auto", "gpu", "cpu"),
     "trainer.precision": ("auto", "32", "bf16"),
-    "launcher.name": ("local",),
+    "launcher.name": ("local", "slurm"),
+    "launcher.slurm.container_runtime": ("pyxis", "apptainer", "singularity"),
 }
 
 # Texts that must not be empty (null where the schema allows it).
@@ -203,6 +209,13 @@ TEXTS: tuple[str, ...] = (
     "data.system_prompt",
     "generation.python",
     "generation.server",
+    "launcher.slurm.job_name",
+    "launcher.slurm.account",
+    "launcher.slurm.partition",
+    "launcher.slurm.qos",
+    "launcher.slurm.constraint",
+    "launcher.slurm.python",
+    "launcher.slurm.container_image",
     "evaluation.scorer",
 )
 

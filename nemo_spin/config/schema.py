@@ -272,13 +272,40 @@ class ExpManagerConfig:
 
 
 @dataclass
+class SlurmConfig:
+    """The job that `nemo-spin slurm` writes; its nodes and tasks are `trainer`'s num_nodes and devices."""
+
+    job_name: str | None = None  # null: the top-level name
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str | None = None  # limit of one job, such as 04:00:00; null: the partition's
+    gpus_per_node: int | None = None  # null: trainer.devices, none with trainer.accelerator=cpu; 0: none
+    cpus_per_task: int | None = None
+    options: list[str] = field(default_factory=list)  # more of sbatch's, such as --exclusive or --mem=0
+    modules: list[str] = field(default_factory=list)  # `module load` them
+    environment: dict[str, Any] = field(default_factory=dict)  # variables of the job and of all ranks
+    python: str | None = None  # interpreter of the ranks; null: this one, and `python` in a container
+    container_image: str | None = None  # for the ranks and the sampler; null: none
+    container_runtime: str = "pyxis"  # pyxis (srun --container-image) | apptainer | singularity
+    container_mounts: list[str] = field(default_factory=list)  # SOURCE:TARGET; the run directory always is
+    signal_s: int = 300  # seconds before the limit at which the run is told to save and leave
+    requeue: bool = True  # a job that has saved, or whose node failed, is put back into the queue
+    continuation: bool = True  # a job that depends on this one goes on where it was cut off
+
+
+@dataclass
 class LauncherConfig:
     """How the processes of a stage are started."""
 
-    name: str = "local"
+    name: str = "local"  # local | slurm (inside an allocation) | external (torchrun, mpirun, srun)
     timeout_s: float = 86400.0  # a stage's processes are ended after it
     preemption_grace_s: float = 60.0  # for a training to save on SIGTERM or SIGUSR1; after it, it is killed
     omp_num_threads: int | None = None  # per rank; null: cores divided by ranks on CPU
+    join_timeout_s: float = 600.0  # slurm, external: for all ranks to come together
+    silence_timeout_s: float = 60.0  # external: a host that says nothing for as long is gone
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass

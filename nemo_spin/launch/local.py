@@ -19,7 +19,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +30,7 @@ from typing import IO, Any
 
 import nemo_spin
 from nemo_spin.errors import PREEMPTED, DataError, explain
+from nemo_spin.launch.meeting import reserve_port
 from nemo_spin.launch.rank import FAILURE_VARIABLE, LAUNCHER_VARIABLE
 from nemo_spin.selfplay.launcher import Job, RankJob
 
@@ -89,7 +89,7 @@ class LocalJob:
         self._logs = [job.log_dir / f"{stem}.rank_{rank}.log" for rank in range(job.ranks)]
         self._offsets = [log.stat().st_size if log.exists() else 0 for log in self._logs]
         self._failures = [log.with_suffix(".failure.json") for log in self._logs]
-        self._port = _reserve_port()
+        self._port = reserve_port("127.0.0.1")
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", _GUARD],
             stdin=subprocess.PIPE,
@@ -150,7 +150,7 @@ class LocalJob:
             rank, what = 0, f"did not end within {self._job.timeout_s:g} s (launcher.timeout_s)"
         else:
             what = f"rank {rank} {self._how_it_ended(rank)}"
-        tail = "".join(f"  | {line}\n" for line in _last_lines(self._logs[rank], self._offsets[rank]))
+        tail = "".join(f"  | {line}\n" for line in last_lines(self._logs[rank], self._offsets[rank]))
         return f"{self._job.name}: {what}\n{tail}  log: {self._logs[rank]}"
 
     def _start_rank(self, rank: int) -> subprocess.Popen[bytes]:
@@ -167,14 +167,7 @@ class LocalJob:
             )
 
     def _environment(self, rank: int) -> dict[str, str]:
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
-        paths = [str(Path(nemo_spin.__file__).resolve().parents[1])]
-        if "site-packages" in paths[0]:  # installed: found without help
-            paths = []
-        if inherited.get("PYTHONPATH"):
-            paths.append(inherited["PYTHONPATH"])
-        if paths:
-            inherited["PYTHONPATH"] = os.pathsep.join(paths)
+        inherited = inherited_environment()
         if sys.platform == "linux":  # not the address of the host name, which containers often lack
             inherited.setdefault("GLOO_SOCKET_IFNAME", "lo")
         return inherited | {
@@ -234,7 +227,7 @@ class LocalJob:
 
     def _failure_time(self, rank: int) -> float:
         """When the rank failed: by its own note, else when its process ended."""
-        note = _read_note(self._failures[rank])
+        note = read_note(self._failures[rank])
         return float(note.get("time", self._ends[rank].time))
 
     def _first_failure(self) -> int | None:
@@ -248,20 +241,26 @@ class LocalJob:
             return "was killed by SIGKILL (often: the machine ran out of memory)"
         if code < 0:
             return f"was ended by {signal.Signals(-code).name}"
-        note = _read_note(self._failures[rank])
+        note = read_note(self._failures[rank])
         reason = f" ({note['type']}: {note['message']})" if note and note["type"] != "SystemExit" else ""
         return f"ended with exit code {code}{reason}"
 
 
-def _reserve_port() -> socket.socket:
-    """A socket that keeps a port from others; rank 0 may listen there while it is held."""
-    holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    holder.bind(("127.0.0.1", 0))
-    return holder
+def inherited_environment() -> dict[str, str]:
+    """This process's environment, in which ranks find this package and nothing of torchrun's agent."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
+    paths = [str(Path(nemo_spin.__file__).resolve().parents[1])]
+    if "site-packages" in paths[0]:  # installed: found without help
+        paths = []
+    if inherited.get("PYTHONPATH"):
+        paths.append(inherited["PYTHONPATH"])
+    if paths:
+        inherited["PYTHONPATH"] = os.pathsep.join(paths)
+    return inherited
 
 
-def _read_note(path: Path) -> dict[str, Any]:
+def read_note(path: Path) -> dict[str, Any]:
+    """What a rank noted about its failure; empty where it did not."""
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -269,7 +268,7 @@ def _read_note(path: Path) -> dict[str, Any]:
     return note if isinstance(note, dict) else {}
 
 
-def _last_lines(log: Path, offset: int) -> Sequence[str]:
+def last_lines(log: Path, offset: int, *, most: int = _TAIL_LINES) -> Sequence[str]:
     """The last lines that a log got after `offset` bytes."""
     try:
         with log.open("rb") as stream:
@@ -278,7 +277,7 @@ def _last_lines(log: Path, offset: int) -> Sequence[str]:
             text = stream.read().decode("utf-8", "replace")
     except OSError:
         return []
-    return [line[:300] for line in text.splitlines() if line.strip()][-_TAIL_LINES:]
+    return [line[:300] for line in text.splitlines() if line.strip()][-most:]
 
 
 def _close(stream: IO[bytes] | None) -> None:

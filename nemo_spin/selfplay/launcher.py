@@ -1,7 +1,7 @@
 """What the loop asks of whoever starts the ranks of a stage.
 
-`nemo_spin.launch` implements it (torchrun on one machine; Slurm and others later); the
-loop knows this protocol alone.
+`nemo_spin.launch` implements it (processes of this machine, steps of a Slurm job, ranks that
+someone else starts); the loop knows this protocol alone.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ def test_every_file_of_conf_composes_and_is_valid() -> None:
         "model/optim/rmsprop.yaml",
         "model/optim/adam.yaml",
         "launcher/local.yaml",
+        "launcher/slurm.yaml",
     }
     for path in choices:
         group = path.parent.relative_to(conf_dir()).as_posix()

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
 from nemo_spin.config.load import from_mapping
 from nemo_spin.config.rules import GUARDS
-from nemo_spin.config.schema import Config
+from nemo_spin.config.schema import Config, SlurmConfig
 from nemo_spin.selfplay.inputs import (
     KEYS,
     PER_ITERATION,
@@ -89,6 +89,9 @@ WITHOUT_EFFECT = {
     "launcher.timeout_s",
     "launcher.preemption_grace_s",
     "launcher.omp_num_threads",
+    "launcher.join_timeout_s",
+    "launcher.silence_timeout_s",
+    *(f"launcher.slurm.{field.name}" for field in fields(SlurmConfig)),
     "evaluation.enabled",
 }
 

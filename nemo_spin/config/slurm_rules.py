@@ -1,0 +1,131 @@
+"""What Slurm, pyxis and the shell can be told: each value of `launcher.slurm` fits its place."""
+
+from __future__ import annotations
+
+import re
+
+from nemo_spin.config.mistakes import Mistake, mistake
+from nemo_spin.config.schema import Config, SlurmConfig
+
+_SECTION = "launcher.slurm"
+SLURM_KEYS = tuple(
+    f"{_SECTION}.{name}"
+    for name in (
+        "job_name",
+        "account",
+        "partition",
+        "qos",
+        "constraint",
+        "time",
+        "options",
+        "modules",
+        "environment",
+        "container_image",
+        "container_mounts",
+    )
+)
+_TIME = re.compile(r"\d+|\d+:\d{1,2}|\d+:\d{1,2}:\d{1,2}|\d+-\d+(:\d{1,2}){0,2}|UNLIMITED|INFINITE")
+_VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_OPTION = re.compile(r"--[a-z][\w-]*(=.*)?", re.ASCII)
+# What the script says itself: given twice, the later line would win.
+_OURS = frozenset(
+    {"array", "chdir", "dependency", "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode"}
+    | {"output", "requeue", "no-requeue", "signal", "time", "wrap", "parsable"}
+)
+
+
+def slurm_understands(config: Config) -> list[Mistake]:
+    """Values that a line of the script, or an argument of srun, can hold."""
+    slurm = config.launcher.slurm
+    return [*_lines(slurm), *_times(slurm), *_options(slurm), *_variables(slurm), *_mounts(slurm)]
+
+
+def _lines(slurm: SlurmConfig) -> list[Mistake]:
+    """An #SBATCH line ends where a line ends, whatever quotes there are."""
+    given = {
+        "account": slurm.account,
+        "partition": slurm.partition,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "container_image": slurm.container_image,
+        **{f"options[{position}]": value for position, value in enumerate(slurm.options)},
+        **{f"modules[{position}]": value for position, value in enumerate(slurm.modules)},
+        **{f"container_mounts[{position}]": value for position, value in enumerate(slurm.container_mounts)},
+    }
+    return [
+        mistake(
+            f"{_SECTION}.{key}",
+            found=repr(value),
+            rule="a line of text without control characters",
+            remedy="remove them",
+        )
+        for key, value in given.items()
+        if value is not None and not value.isprintable()
+    ]
+
+
+def _times(slurm: SlurmConfig) -> list[Mistake]:
+    if slurm.time is None or _TIME.fullmatch(slurm.time):
+        return []
+    return [
+        mistake(
+            f"{_SECTION}.time",
+            found=repr(slurm.time),
+            rule="minutes, hours:minutes:seconds or days-hours, as sbatch's --time",
+            remedy="such as '04:00:00' (in quotes: YAML reads numbers with colons in base 60)",
+        )
+    ]
+
+
+def _options(slurm: SlurmConfig) -> list[Mistake]:
+    mistakes = []
+    for option in slurm.options:
+        name = option.removeprefix("--").partition("=")[0]
+        if _OPTION.fullmatch(option) and name not in _OURS:
+            continue
+        mistakes.append(
+            mistake(
+                f"{_SECTION}.options",
+                found=repr(option),
+                rule="long options of sbatch, one in each entry, of those that no key stands for",
+                remedy="such as --exclusive, --mem=0 or --reservation=NAME; nodes and tasks are "
+                "trainer.num_nodes and trainer.devices",
+            )
+        )
+    return mistakes
+
+
+def _variables(slurm: SlurmConfig) -> list[Mistake]:
+    return [
+        mistake(
+            f"{_SECTION}.environment",
+            found=f"{name!r}: {value!r}",
+            rule="names of variables, and texts or numbers as values",
+            remedy="names have letters, digits and underscores",
+        )
+        for name, value in slurm.environment.items()
+        if not _VARIABLE.fullmatch(name) or not isinstance(value, (str, int, float)) or "\0" in str(value)
+    ]
+
+
+def _mounts(slurm: SlurmConfig) -> list[Mistake]:
+    if slurm.container_mounts and slurm.container_image is None:
+        return [
+            mistake(
+                f"{_SECTION}.container_mounts",
+                found=f"{slurm.container_mounts}, with {_SECTION}.container_image null",
+                rule="only a container has mounts",
+                remedy=f"set {_SECTION}.container_image, or leave the mounts out",
+                also=(f"{_SECTION}.container_image",),
+            )
+        ]
+    return [
+        mistake(
+            f"{_SECTION}.container_mounts",
+            found=repr(mount),
+            rule="SOURCE:TARGET or SOURCE:TARGET:FLAGS, without commas (pyxis and Apptainer split there)",
+            remedy="give each mount as an entry of its own, or a link to a directory without a comma",
+        )
+        for mount in slurm.container_mounts
+        if "," in mount or not 1 <= mount.count(":") <= 2
+    ]
