@@ -9,19 +9,22 @@ import sys
 from pathlib import Path
 
 import nemo_spin
-from nemo_spin.config.schema import GenerationConfig
+from nemo_spin.config.schema import Config
 from nemo_spin.errors import ConfigError, explain
 
 _PYTHON = Path("bin") / "python"
 _ENVIRONMENT = ".venv-vllm"
 
 
-def sampler_python(generation: GenerationConfig) -> str:
+def sampler_python(config: Config) -> str:
     """The interpreter of the sampler's process; it needs no vLLM where a server has it.
 
     Raises:
         ConfigError: There is none.
     """
+    generation, launcher = config.generation, config.launcher
+    if launcher.name == "slurm" and launcher.slurm.container_image is not None:
+        return generation.python or "python"  # of the container, which cannot be seen from here
     if generation.engine == "vllm_server" and generation.python is None:
         return sys.executable
     return find_python(generation.python)

@@ -191,7 +191,7 @@ def start(
     if missing == 0:
         return NothingToDo()
     _check_model(model_dir)
-    python = sampler_python(generation)
+    python = sampler_python(config)
     start_job = partial(
         SamplerJob,
         interpreter=Interpreter(python, python_path(python, log_path.parent)),

@@ -101,10 +101,12 @@ def _hear_alone() -> None:
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
+    main_thread = threading.get_ident()
+
     def pass_on() -> None:
         while True:
             signal.sigwait({signal.SIGUSR1})
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_kill(main_thread, signal.SIGTERM)  # whose waiting it ends
 
     threading.Thread(target=pass_on, name="slurm-signal", daemon=True).start()
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from nemo_spin.config.schema import Config, SlurmConfig
 from nemo_spin.errors import PREEMPTED, ConfigError, DataError, explain
+from nemo_spin.generation.placement import Place, Placement
 from nemo_spin.launch.local import PROGRESS_VARIABLE, TIMED_OUT, inherited_environment, last_lines, read_note
 from nemo_spin.launch.rank import JOIN_VARIABLE, STEP_VARIABLE, step_files
 from nemo_spin.launch.slurm_script import gpus_per_node
@@ -85,9 +86,50 @@ class SlurmLauncher:
                 )
             ) from error
 
+    def place_samplers(self, *, replicas: int, tensor_parallel_size: int) -> Place:
+        """Each sampler is a step on one node, with GPUs of its own there; see `PlacesSamplers`.
+
+        Raises:
+            ConfigError: The nodes have too few GPUs.
+        """
+        gpus, nodes = gpus_per_node(self._config), self._config.trainer.num_nodes
+        room = gpus // tensor_parallel_size * nodes
+        if gpus and replicas > room:
+            raise ConfigError(
+                explain(
+                    "generation.replicas",
+                    found=f"{replicas} x generation.tensor_parallel_size {tensor_parallel_size}, on {nodes} "
+                    f"nodes with {gpus} GPUs each",
+                    rule="every sampler has GPUs of its own, on one node",
+                    remedy=f"set it to {max(1, room)} at most",
+                )
+            )
+
+        def place(index: int) -> Placement:
+            node, position = index % nodes, index // nodes
+            first = position * tensor_parallel_size
+            chosen = ",".join(str(number) for number in range(first, first + tensor_parallel_size))
+            return Placement(
+                prefix=tuple(
+                    tied(
+                        step_command(
+                            self._config,
+                            ["env", f"CUDA_VISIBLE_DEVICES={chosen}"] if gpus else [],
+                            nodes=1,
+                            tasks_per_node=1,
+                            more=(f"--relative={node}",),
+                        )
+                    )
+                ),
+                is_child=False,
+                neighbours=-(-(replicas - node) // nodes),
+            )
+
+        return place
+
 
 def step_command(
-    config: Config, command: Sequence[str], *, nodes: int, tasks_per_node: int, gpus: int, run_dir: Path
+    config: Config, command: Sequence[str], *, nodes: int, tasks_per_node: int, more: Sequence[str] = ()
 ) -> list[str]:
     """The arguments of srun and, in its container, `command`.
 
@@ -96,9 +138,9 @@ def step_command(
         command: What every task runs.
         nodes: How many of the allocation.
         tasks_per_node: Of the step.
-        gpus: For each node; 0: none is asked for.
-        run_dir: Is mounted into the container.
+        more: Options of srun.
     """
+    gpus, run_dir = gpus_per_node(config), Path(config.run_dir).expanduser().absolute()
     slurm = config.launcher.slurm
     options = [
         "srun",
@@ -110,6 +152,7 @@ def step_command(
         "--overlap",  # a sampler that waits for its next weights holds nothing that is needed here
         "--export=ALL",
         "--mpi=none",
+        *more,
     ]
     if gpus:
         options.append(f"--gpus-per-node={gpus}")
@@ -176,8 +219,6 @@ class SlurmJob:
             [interpreter(slurm), "-m", "nemo_spin.launch.rank", job.module, *job.arguments],
             nodes=trainer.num_nodes,
             tasks_per_node=trainer.devices,
-            gpus=gpus_per_node(config),
-            run_dir=Path(config.run_dir).expanduser().absolute(),
         )
         with self._step_log.open("ab") as log:
             self._process = subprocess.Popen(

@@ -68,7 +68,7 @@ class EvaluateStage(Stage):
     def check(self) -> None:
         """There must be an interpreter for the sampler, and the scorer must be importable."""
         config = self.context.config
-        sampler_python(config.generation)
+        sampler_python(config)
         if config.evaluation.scorer is not None:
             load_scorer(config.evaluation.scorer)
 

@@ -41,7 +41,7 @@ class GenerateStage(Stage):
     def check(self) -> None:
         """There must be an interpreter for the sampler, where there is something to sample."""
         if not self.is_given:
-            sampler_python(self.context.config.generation)
+            sampler_python(self.context.config)
 
     def settings(self) -> dict[str, Any]:
         """See `Stage`; how answers are sampled does not matter where they are given."""

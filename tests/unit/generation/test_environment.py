@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_spin.config.schema import GenerationConfig
+from nemo_spin.config.schema import Config, GenerationConfig
 from nemo_spin.errors import ConfigError
 from nemo_spin.generation import environment
 from nemo_spin.generation.environment import find_python, package_parent, python_path, sampler_python
@@ -92,6 +92,9 @@ def test_from_an_installed_package_another_interpreter_sees_the_package_alone(
 
 def test_a_server_s_client_needs_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "find_python", lambda configured: f"found {configured}")
-    assert sampler_python(GenerationConfig(engine="vllm_server")) == sys.executable
-    assert sampler_python(GenerationConfig(engine="vllm_server", python="mine")) == "found mine"
-    assert sampler_python(GenerationConfig()) == "found None"
+    assert sampler_python(Config(generation=GenerationConfig(engine="vllm_server"))) == sys.executable
+    assert (
+        sampler_python(Config(generation=GenerationConfig(engine="vllm_server", python="mine")))
+        == "found mine"
+    )
+    assert sampler_python(Config(generation=GenerationConfig())) == "found None"
