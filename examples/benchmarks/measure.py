@@ -6,7 +6,9 @@ decide between them; ratios are formed within a turn. A run is a process of its 
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
+import os
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +80,18 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     for row in rows:
         table.add_row(*row)
     Console(width=140).print(table)
+
+
+def back_free_memory(num_bytes: int) -> None:
+    """Touches free memory and gives it back, so that what is measured next finds it fast.
+
+    On a virtual machine the host provides a page when it is first touched, which takes longer
+    than writing it to a disk: without this, whatever runs after a large process has ended is ahead.
+    """
+    available = os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
+    with mmap.mmap(-1, max(1, min(num_bytes, available // 2))) as memory:
+        for position in range(0, len(memory), mmap.PAGESIZE):
+            memory[position] = 1
 
 
 class PeakMemory:

@@ -3,9 +3,9 @@
 A random Llama in bfloat16 is exported by this project's bridge (hashes and manifest
 included), copied with `cp` and synced, and saved by `save_pretrained` and synced; then read with
 `cat`, imported by the bridge, and loaded by `from_pretrained`. Before each reading the file's pages
-are dropped from the page cache. Memory is the most that a rank had resident (VmHWM: its own pages,
-and those of files that it had mapped) above what it had with its parameters, over the size of
-the largest tensor.
+are dropped from the page cache; before everything free memory is touched (`back_free_memory`).
+Memory is the most that a rank had resident (VmHWM: its own pages, and those of files that it
+had mapped) above what it had with its parameters, over the size of the largest tensor.
 """
 
 from __future__ import annotations
@@ -24,11 +24,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from examples.benchmarks.measure import PeakMemory, Run, column, ratios, show, spread, summary, take_turns
+from examples.benchmarks.measure import (
+    PeakMemory,
+    Run,
+    back_free_memory,
+    column,
+    ratios,
+    show,
+    spread,
+    summary,
+    take_turns,
+)
 
 SUMMARY = "export and import, against cp, cat and transformers"
 _ALTERNATIVES = ("cp + fsync", "export", "save_pretrained + fsync", "cat", "import", "from_pretrained")
 _TIMEOUT_S = 1800.0
+_MEMORY_OF_IMPORTS = 1 << 30  # of one rank: PyTorch, Megatron, processes that start
 _NOISE = 1_000_003  # numbers that are repeated; no row begins like another
 
 
@@ -116,16 +127,18 @@ def _report(runs: dict[str, list[Run]], options: argparse.Namespace) -> dict[str
 def _measure(name: str, place: str, ranks: int, threads: int) -> Run:
     directory = Path(place)
     source, exported, copy, saved = (directory / part for part in ("source", "exported", "copy", "saved"))
+    if not exported.exists():  # the bytes that are to be copied
+        _in_ranks(ranks, _export, source, exported, threads)
+    size = _weight_bytes(exported)
     if name in ("cat", "import", "from_pretrained"):
         _drop_from_page_cache(saved if name == "from_pretrained" else exported)
     elif name == "cp + fsync":
-        if not exported.exists():  # the bytes that are to be copied
-            _in_ranks(ranks, _export, source, exported, threads)
         _remove(copy)
     elif name == "save_pretrained + fsync":
         _remove(saved)
     else:
         _remove(exported)
+    back_free_memory(3 * size + _MEMORY_OF_IMPORTS * ranks)  # parameters, files, and a margin
     if name == "cp + fsync":
         seconds = _timed(f"cp -r {exported} {copy} && sync {copy}/*")
         measured: Run = {"seconds": seconds}
@@ -140,7 +153,11 @@ def _measure(name: str, place: str, ranks: int, threads: int) -> Run:
     else:
         measured = _from_pretrained(saved, threads)
     weights = saved if name.endswith("pretrained") or name.startswith("save") else exported
-    return {**measured, "bytes": float(sum(path.stat().st_size for path in weights.glob("*.safetensors")))}
+    return {**measured, "bytes": float(_weight_bytes(weights))}
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def _timed(command: str) -> float:

@@ -228,31 +228,39 @@ def _own_blocks(placed: Placed, plan: ExportPlan) -> Iterator[Block]:
 
 
 def _joined_blocks(placed: Placed, plan: ExportPlan) -> Iterator[Block]:
-    """Stored rows that are spread over the ranks, on the first rank of the tensor-parallel group; else None.
+    """Stored rows that are spread over the tensor-parallel ranks, on one of them; on the others None.
 
-    All ranks of the tensor-parallel group must call.
+    The ranks take turns as the one that has the whole rows, so that all have as much to write. All
+    ranks of the tensor-parallel group must call. A block is valid until the next one is asked for.
     """
     group = parallel_state.get_tensor_model_parallel_group()
-    is_receiver = distributed.get_rank(group) == 0
+    tp_rank, tp_size = distributed.get_rank(group), len(placed.spread)
     one = placed.pieces[0]
     target = plan.places[one.tensor]
+    dtype = TORCH_DTYPES[plan.dtype]
     rows_of_rank = placed.parameter.T if one.transposed else placed.parameter
     whole = Piece(one.tensor, ((0, target.shape[0]), (0, target.shape[1])), ((0, target.shape[0]), (0, 0)))
-    for block in row_blocks(whole, ITEM_SIZES[plan.dtype]):
+    blocks = row_blocks(whole, ITEM_SIZES[plan.dtype])
+    num_rows = blocks[0].stored[0][1]
+    # Made once: memory that is taken and given back for every block piles up.
+    own_rows = rows_of_rank.new_empty(num_rows, rows_of_rank.shape[1], dtype=dtype)
+    rows_of_ranks = own_rows.new_empty(tp_size, *own_rows.shape)
+    whole_rows = own_rows.new_empty(num_rows, target.shape[1])
+    for number, block in enumerate(blocks):
         (first, last), _ = block.stored
-        own = rows_of_rank[first:last].to(TORCH_DTYPES[plan.dtype]).contiguous()
-        received = own.view(torch.uint8)  # gloo does not know every type
-        parts = [torch.empty_like(received) for _ in placed.spread] if is_receiver else None
-        distributed.gather(received, parts, dst=distributed.get_global_rank(group, 0), group=group)
+        receiver, rows = number % tp_size, last - first
+        own_rows[:rows] = rows_of_rank[first:last]
+        received = own_rows[:rows].view(torch.uint8)  # gloo does not know every type
+        parts = [part[:rows].view(torch.uint8) for part in rows_of_ranks] if tp_rank == receiver else None
+        distributed.gather(received, parts, dst=distributed.get_global_rank(group, receiver), group=group)
         if parts is None:
             yield target, first, None
             continue
-        values = own.new_empty(last - first, target.shape[1])
-        for part, pieces in zip(parts, placed.spread, strict=True):
+        for part, pieces in zip(rows_of_ranks, placed.spread, strict=True):
             for piece in pieces:
                 columns = piece.local[0 if piece.transposed else 1]
-                values[:, slice(*piece.stored[1])] = part.view(own.dtype)[:, slice(*columns)]
-        yield target, first, values
+                whole_rows[:rows, slice(*piece.stored[1])] = part[:rows, slice(*columns)]
+        yield target, first, whole_rows[:rows]
 
 
 def verify_export(model_chunks: Sequence[nn.Module], out_dir: Path, architecture: Architecture) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from nemo_spin.bridge.safetensors_format import StoredTensor
 
-_SYNC_BYTES = 64 << 20  # written between two starts of the background synchronisation
+_SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2): start writing out, do not wait
 
 
 class BlockWriter:
@@ -21,8 +21,8 @@ class BlockWriter:
     The other ranks of a tensor-parallel group may be waiting for this one in a collective,
     so the error is raised when all blocks are through.
 
-    A thread makes durable what is written while more is being written: the kernel would begin
-    when gigabytes have gathered, or at the end, and the disk would wait until then.
+    The kernel is told to begin with every block at once: of itself it would when gigabytes have
+    gathered, or at the end, and the disk would wait until then.
 
     Args:
         directory: Where the files are.
@@ -32,11 +32,6 @@ class BlockWriter:
         self._directory = directory
         self._descriptors: dict[str, int] = {}
         self._error: OSError | None = None
-        self._unsynced = 0
-        self._ending = False
-        self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._keep_synced, name="sync", daemon=True)
-        self._thread.start()
 
     def attempt(self, action: Callable[[], None]) -> None:
         """Does it, unless something failed before."""
@@ -60,18 +55,8 @@ class BlockWriter:
         rest = memoryview(bits.data).cast("B")
         while rest:
             written = os.pwrite(self._descriptors[name], rest, position)
+            start_writing_out(self._descriptors[name], position, written)
             rest, position = rest[written:], position + written
-            self._unsynced += written
-        if self._unsynced >= _SYNC_BYTES:
-            self._unsynced = 0
-            self._wake.set()
-
-    def _keep_synced(self) -> None:
-        while self._wake.wait() and not self._ending:
-            self._wake.clear()
-            for descriptor in list(self._descriptors.values()):
-                # An error is reported to one caller only, so this one must keep it.
-                self.attempt(functools.partial(os.fdatasync, descriptor))
 
     def close(self) -> None:
         """Makes what was written durable.
@@ -79,11 +64,29 @@ class BlockWriter:
         Raises:
             OSError: The first error.
         """
-        self._ending = True
-        self._wake.set()
-        self._thread.join()
         for descriptor in self._descriptors.values():
             self.attempt(functools.partial(os.fsync, descriptor))
             os.close(descriptor)
         if self._error is not None:
             raise self._error
+
+
+def start_writing_out(descriptor: int, position: int, size: int) -> None:
+    """Has the kernel begin to write these bytes to the disk; where it cannot be told, nothing.
+
+    Errors are not looked at: nothing is durable before `fsync`, which reports them.
+    """
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, position, size, _SYNC_FILE_RANGE_WRITE)
+
+
+def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """The system call of Linux, which Python's `os` does not have."""
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+        function.restype = ctypes.c_int
+    return function
+
+
+_sync_file_range = _find_sync_file_range()
