@@ -48,7 +48,7 @@ LABEL org.opencontainers.image.title="nemo_spin (CPU)" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.base.name="${CPU_BASE_IMAGE}"
 
-HEALTHCHECK --interval=5m --timeout=30s --start-period=30s CMD [".venv/bin/nemo-spin", "--help"]
+HEALTHCHECK --interval=5m --timeout=60s --start-period=60s CMD [".venv/bin/nemo-spin", "doctor", "--quick"]
 # Results lie in /opt/nemo_spin/runs: mount a volume there to keep them and to go on.
 ENTRYPOINT ["bash", "examples/quickstart.sh"]
 
@@ -88,6 +88,6 @@ LABEL org.opencontainers.image.title="nemo_spin" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.base.name="${BASE_IMAGE}"
 
-HEALTHCHECK --interval=5m --timeout=30s --start-period=30s CMD ["nemo-spin", "--help"]
+HEALTHCHECK --interval=5m --timeout=60s --start-period=60s CMD ["nemo-spin", "doctor", "--quick"]
 # The entry point stays NVIDIA's: it says which driver it found and starts what it is given.
 CMD ["nemo-spin", "--help"]

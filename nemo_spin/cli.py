@@ -145,10 +145,19 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def doctor(options: argparse.Namespace) -> None:
-    """Whether a model is supported, and which of its properties is not; reads no weights."""
-    from nemo_spin.selfplay.doctor import examine_model
+    """What this machine has for a run, or with --model whether a model is supported."""
+    if options.model is not None:
+        from nemo_spin.selfplay.doctor.model import examine_model
 
-    print("\n".join(examine_model(Path(options.model))))
+        print("\n".join(examine_model(Path(options.model))))
+        return
+    from nemo_spin.config.load import load_config
+    from nemo_spin.selfplay.doctor import command
+
+    config = load_config(options.config, options.overrides)
+    findings = command.examine(config, quick=options.quick)
+    print(command.written(findings, as_data=options.json))
+    command.refuse_errors(findings)
 
 
 def validate_config(options: argparse.Namespace) -> None:
@@ -219,9 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_plan(commands)
     _add_slurm(commands)
-    asked = commands.add_parser("doctor", help="whether a model is supported", description=doctor.__doc__)
-    asked.add_argument("--model", metavar="PATH", required=True, help="a Hugging Face directory")
-    asked.set_defaults(function=doctor)
+    _add_doctor(commands)
     shown = commands.add_parser("status", help="what is done in a run directory", description=status.__doc__)
     shown.add_argument("run_dir", metavar="RUN_DIR")
     shown.set_defaults(function=status)
@@ -237,6 +244,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     reported.set_defaults(function=report)
     return parser
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    asked = _add(commands, "doctor", doctor, "what this machine has, or whether a model is supported")
+    asked.add_argument(
+        "--model", metavar="PATH", help="look at this Hugging Face directory, and at nothing else"
+    )
+    asked.add_argument("--quick", action="store_true", help="write no file and start no ranks")
+    asked.add_argument("--json", action="store_true", help="findings as a list, for scripts")
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

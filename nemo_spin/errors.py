@@ -42,6 +42,10 @@ class ExportError(NemoSpinError):
     """A checkpoint could not be written, or did not read back bit for bit."""
 
 
+class MachineError(NemoSpinError):
+    """Something is missing on this machine, or wrong, with which a run would fail."""
+
+
 class GateError(NemoSpinError):
     """A numerical gate (ln 2, sampler, export) failed: going on would train on wrong numbers."""
 
@@ -84,6 +88,7 @@ _BY_NAME = {
         GenerationError,
         CheckpointError,
         ExportError,
+        MachineError,
         GateError,
         GuardError,
         StageError,

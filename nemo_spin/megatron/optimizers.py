@@ -13,6 +13,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -21,6 +22,11 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from nemo_spin.config.schema import ModelConfig, OptimConfig
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.megatron.optimizer_state import optimizer_parts
+
+
+def adam_package() -> str:
+    """The package whose Adam Megatron builds its optimizers around: transformer_engine, apex or torch."""
+    return str(megatron_optimizer.Adam.__module__).split(".")[0]
 
 
 def uses_distributed_optimizer(model: ModelConfig, *, dp_size: int) -> bool:

@@ -192,7 +192,8 @@ class TestBothStages:
         result = subprocess.run(
             [sys.executable, "-c", start, *rest], cwd=REPOSITORY, capture_output=True, text=True, check=False
         )
-        assert result.returncode == 0 and "nemo-spin" in result.stdout
+        assert result.returncode == 0, result.stderr
+        assert "megatron-core" in result.stdout
 
     def test_labels(self, stage: Stage) -> None:
         labels = dict(word.partition("=")[::2] for word in shlex.split(stage.last("LABEL")))

@@ -10,7 +10,7 @@ import pytest
 
 from nemo_spin import cli
 from nemo_spin.errors import CheckpointError
-from nemo_spin.selfplay.doctor import examine_model
+from nemo_spin.selfplay.doctor.model import examine_model
 from tests.unit.bridge.checkpoints import CLASSES, edit_config, make_checkpoint
 
 
