@@ -118,7 +118,7 @@ def _mixture(config: Mapping[str, Any], count_key: str, kin: Family, path: Path)
         if config.get(key) is not None:
             raise _unusable(f"{path}: {key}", repr(config[key]), "attention over whole key/value heads")
     width = config.get("moe_intermediate_size") or config.get("intermediate_size")
-    dense = {"intermediate_size": width, **config}
+    dense = {"intermediate_size": width, **config, "model_type": kin.name}
     shape = shape_of(read_architecture(path.parent, dense, kin))
     counts = {
         count_key: config[count_key],

@@ -51,6 +51,13 @@ def test_no_family_is_forgotten() -> None:
     assert set(CLASSES) - set(SETTINGS) == NOT_IN_VLLM
 
 
+def _with_decoys(directory: Path) -> Path:
+    """Files that vLLM would prefer, or fall back to, if it were free to choose what it loads."""
+    for name in ("consolidated.safetensors", "params.json", "pytorch_model.bin", "model.pt"):
+        (directory / name).write_text("not what was checked")
+    return directory
+
+
 def _continuations(directory: Path, prompts: list[list[int]]) -> list[list[int]]:
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model.generation_config.eos_token_id = None
@@ -82,7 +89,7 @@ def test_greedy_continuations_are_those_of_transformers(tmp_path: Path, families
     for family in families:
         source = make_checkpoint(tmp_path / family / "source", family, std=0.2, **SETTINGS[family])
         run_ranks(ranks.convert, 1, 1, 1, source, tmp_path / family / "exported", {})
-        models[family] = str(tmp_path / family / "exported")
+        models[family] = str(_with_decoys(tmp_path / family / "exported"))
     asked, answered = tmp_path / "asked.json", tmp_path / "answered.json"
     asked.write_text(json.dumps({"models": models, "prompts": prompts, "max_tokens": MAX_TOKENS}))
     subprocess.run(

@@ -27,6 +27,7 @@ LLAMA_3_8B = {
 }
 QWEN3_235B = {
     "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
     "decoder_sparse_step": 1,
     "head_dim": 128,
     "hidden_size": 4096,
@@ -45,12 +46,14 @@ QWEN3_235B = {
 MIXTRAL_8X7B = {
     **LLAMA_3_8B,
     "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
     "vocab_size": 32000,
 }
 QWEN2_57B = {  # Qwen2-57B-A14B: shared experts
     "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
     "decoder_sparse_step": 1,
     "hidden_size": 3584,
     "intermediate_size": 18944,
