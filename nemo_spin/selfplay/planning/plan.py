@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from nemo_spin.config.mistakes import Mistake
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.megatron.costs import GIB, Memory, offloaded_bytes, scoring_memory, usable_bytes
-from nemo_spin.selfplay.displays import duration
 from nemo_spin.selfplay.planning.layouts import (
     Candidate,
     Search,
@@ -25,7 +24,6 @@ from nemo_spin.selfplay.planning.stages import (
     SamplerPlan,
     StageTimes,
     samplers,
-    several_replicas_are_refused,
     stage_times,
 )
 
@@ -50,7 +48,6 @@ class Plan:
         times: Of the stages.
         doubled: The same with twice the nodes.
         faster: A faster layout that is refused today, and why.
-        replicas: Sampling with all GPUs, where a run takes one replica only.
         notes: What else the user should know, one line each.
     """
 
@@ -66,7 +63,6 @@ class Plan:
     times: StageTimes
     doubled: Plan | None
     faster: tuple[Candidate, Mistake] | None
-    replicas: SamplerPlan | None
     notes: tuple[str, ...]
 
     @property
@@ -109,11 +105,9 @@ def make_plan(model: PlannedModel, request: Request, *, double: bool = True) -> 
         raise _nothing_fits(model, request, found)
     allowed, faster = _allowed(model, request, found.fitting)
     chosen = allowed[0]
-    single = model.architecture is not None and several_replicas_are_refused(request)
-    sampling = samplers(shape, request, single=single)
+    sampling = samplers(shape, request)
     if not sampling:
         raise _sampler_does_not_fit(request)
-    spread = samplers(shape, request, single=False)[:1] if single else []
     own = configured(shape, request)
     plan = Plan(
         model=model,
@@ -130,7 +124,6 @@ def make_plan(model: PlannedModel, request: Request, *, double: bool = True) -> 
         times=stage_times(shape, chosen, request, sampling[0]),
         doubled=_doubled(model, request) if double else None,
         faster=faster,
-        replicas=spread[0] if spread and spread[0].replicas > sampling[0].replicas else None,
         notes=(),
     )
     return replace(plan, notes=tuple(_notes(plan)))
@@ -235,13 +228,6 @@ def _notes(plan: Plan) -> list[str]:
         )
     if request.cluster.nodes > 1 and plan.model.architecture and request.config.launcher.name == "local":
         found.append("launcher.name=local starts ranks on one node only: set the launcher of your cluster")
-    if plan.sampling.replicas > 1 and plan.model.architecture and several_replicas_are_refused(request):
-        found.append(f"generation.replicas={plan.sampling.replicas} is not supported yet: a run refuses it")
-    if plan.replicas is not None:
-        found.append(
-            f"a run starts one sampler yet; {plan.replicas.replicas} replicas of "
-            f"TP {plan.replicas.sampler.tensor} would generate in {duration(plan.replicas.seconds)}"
-        )
     return [note for note in found if note]
 
 

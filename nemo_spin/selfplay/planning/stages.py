@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from nemo_spin.config.validate import find_mistakes
 from nemo_spin.megatron.costs import (
     START_S,
     Sampler,
@@ -52,13 +51,12 @@ class StageTimes:
         return self.generate + self.score + self.train + self.export
 
 
-def samplers(shape: ModelShape, request: Request, *, single: bool) -> list[SamplerPlan]:
+def samplers(shape: ModelShape, request: Request) -> list[SamplerPlan]:
     """Every way to sample, the fastest first; empty where the model fits on no GPUs of a node.
 
     Args:
         shape: The model.
         request: The cluster, the work, and what is pinned.
-        single: One replica only, whatever the cluster has.
     """
     cluster, given = request.cluster, request.config.generation
     plans = []
@@ -70,8 +68,7 @@ def samplers(shape: ModelShape, request: Request, *, single: bool) -> list[Sampl
         if "generation.tensor_parallel_size" in request.pinned and tensor != given.tensor_parallel_size:
             continue
         most = cluster.world_size // tensor
-        pinned = "generation.replicas" in request.pinned
-        replicas = given.replicas if pinned else 1 if single else most
+        replicas = given.replicas if "generation.replicas" in request.pinned else most
         sampler = Sampler(tensor, given.max_num_seqs, request.max_tokens)
         memory = sampler_memory(shape, sampler, request.numerics, cluster.device)
         if replicas > most or not memory.answers(sampler):
@@ -88,13 +85,6 @@ def samplers(shape: ModelShape, request: Request, *, single: bool) -> list[Sampl
         seconds += START_S["generate"] + load_seconds(shape, request.numerics)
         plans.append(SamplerPlan(sampler, replicas, memory, memory.answers(sampler), seconds))
     return sorted(plans, key=lambda plan: (float(f"{plan.seconds:.3g}"), plan.sampler.tensor))
-
-
-def several_replicas_are_refused(request: Request) -> bool:
-    """Whether today's validation takes one replica only."""
-    generation = replace(request.config.generation, replicas=2, tensor_parallel_size=1)
-    mistakes = find_mistakes(replace(request.config, generation=generation), command=None)
-    return any("generation.replicas" in entry.keys for entry in mistakes)
 
 
 def stage_times(shape: ModelShape, chosen: Candidate, request: Request, sampling: SamplerPlan) -> StageTimes:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_spin.config.schema import GenerationConfig
+from nemo_spin.config.schema import Config
 from nemo_spin.selfplay.doctor.finding import Finding
 from nemo_spin.selfplay.doctor.packages import examine_packages
 
@@ -15,12 +15,14 @@ def named(findings: list[Finding], name: str) -> Finding:
 
 
 @pytest.fixture
-def no_sampler() -> GenerationConfig:
+def no_sampler() -> Config:
     """Asks nobody: an interpreter that is not there is the quickest."""
-    return GenerationConfig(python="/nowhere/python")
+    config = Config()
+    config.generation.python = "/nowhere/python"
+    return config
 
 
-def test_versions_and_places(no_sampler: GenerationConfig) -> None:
+def test_versions_and_places(no_sampler: Config) -> None:
     import torch
 
     found = named(examine_packages(no_sampler), "torch")
@@ -33,7 +35,7 @@ def test_the_apex_of_the_public_index_is_recognised(
     *,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    no_sampler: GenerationConfig,
+    no_sampler: Config,
     is_nvidias: bool,
     status: str,
 ) -> None:
@@ -50,7 +52,7 @@ def test_the_apex_of_the_public_index_is_recognised(
     assert ("pip uninstall apex" in found.remedy) is not is_nvidias
 
 
-def test_a_sampler_that_is_not_there_is_an_error(no_sampler: GenerationConfig) -> None:
+def test_a_sampler_that_is_not_there_is_an_error(no_sampler: Config) -> None:
     found = named(examine_packages(no_sampler), "sampler")
     assert found.status == "error"
     assert "/nowhere/python" in found.text
@@ -60,9 +62,10 @@ def test_a_sampler_that_is_not_there_is_an_error(no_sampler: GenerationConfig) -
 def test_an_interpreter_without_vllm_is_an_error_unless_a_server_has_it() -> None:
     import sys
 
-    here = GenerationConfig(python=sys.executable)
+    here = Config()
+    here.generation.python = sys.executable
     found = named(examine_packages(here), "sampler")
     assert found.status == "error"
     assert "nothing of vLLM" not in found.text, "it has torch"
-    here.engine, here.server = "vllm_server", "http://127.0.0.1:1"
+    here.generation.engine, here.generation.server = "vllm_server", "http://127.0.0.1:1"
     assert named(examine_packages(here), "sampler").status == "ok"
