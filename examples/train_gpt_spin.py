@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_spin.config.load import from_mapping
 from nemo_spin.config.validate import validate
 from nemo_spin.errors import NemoSpinError
-from nemo_spin.launch.choice import launcher_of
+from nemo_spin.launch.choice import launching
 from nemo_spin.selfplay import loop
 from nemo_spin.selfplay.screen import Screen
 
@@ -29,7 +29,9 @@ def main(cfg: DictConfig) -> None:
     try:
         config = from_mapping(OmegaConf.to_container(cfg, resolve=True))
         validate(config, command="run")
-        loop.run(config, launcher=launcher_of(config), screen=Screen())
+        with launching(config, config.run_dir) as launcher:
+            if launcher is not None:
+                loop.run(config, launcher=launcher, screen=Screen())
     except NemoSpinError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

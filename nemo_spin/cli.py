@@ -59,25 +59,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """All stages of all iterations, going on where an earlier start stopped."""
-    from nemo_spin.launch.choice import launcher_of
+    from nemo_spin.launch.choice import launching
     from nemo_spin.selfplay import loop
     from nemo_spin.selfplay.screen import Screen
 
     config = _load(options, command="run")
-    loop.run(config, launcher=launcher_of(config), screen=Screen())
+    with launching(config, config.run_dir) as launcher:
+        if launcher is not None:
+            loop.run(config, launcher=launcher, screen=Screen())
 
 
 def stage(options: argparse.Namespace) -> None:
     """One stage: prepare, generate, score, train, export, evaluate or import-hf."""
-    from nemo_spin.launch.choice import launcher_of
+    from nemo_spin.launch.choice import launching
     from nemo_spin.selfplay import loop
     from nemo_spin.selfplay.screen import Screen
 
     config = _load(options, command=options.command)
     iteration = getattr(options, "iteration", None)
-    loop.run_stage(
-        config, options.command, iteration=iteration, launcher=launcher_of(config), screen=Screen()
-    )
+    with launching(config, config.run_dir) as launcher:
+        if launcher is None:
+            return
+        loop.run_stage(config, options.command, iteration=iteration, launcher=launcher, screen=Screen())
     if getattr(options, "to", None) is not None:
         from nemo_spin.selfplay.official import write_official
 
@@ -87,12 +90,14 @@ def stage(options: argparse.Namespace) -> None:
 
 def sft(options: argparse.Namespace) -> None:
     """Plain fine-tuning on the demonstrations."""
-    from nemo_spin.launch.choice import launcher_of
+    from nemo_spin.launch.choice import launching
     from nemo_spin.selfplay import loop
     from nemo_spin.selfplay.screen import Screen
 
     config = _load(options, command="sft")
-    loop.run_sft(config, launcher=launcher_of(config), screen=Screen())
+    with launching(config, config.sft.output) as launcher:
+        if launcher is not None:
+            loop.run_sft(config, launcher=launcher, screen=Screen())
 
 
 def slurm(options: argparse.Namespace) -> None:

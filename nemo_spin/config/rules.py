@@ -182,7 +182,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "generation.dtype": ("auto", "float32", "bfloat16", "float16"),
     "trainer.accelerator": ("auto", "gpu", "cpu"),
     "trainer.precision": ("auto", "32", "bf16"),
-    "launcher.name": ("local", "slurm"),
+    "launcher.name": ("local", "slurm", "external"),
     "launcher.slurm.container_runtime": ("pyxis", "apptainer", "singularity"),
 }
 

@@ -31,6 +31,7 @@ from typing import IO, Any
 import nemo_spin
 from nemo_spin.errors import PREEMPTED, DataError, explain
 from nemo_spin.launch.meeting import reserve_port
+from nemo_spin.launch.placement import Placement
 from nemo_spin.launch.rank import FAILURE_VARIABLE, LAUNCHER_VARIABLE
 from nemo_spin.selfplay.launcher import Job, RankJob
 
@@ -73,11 +74,38 @@ class LocalLauncher:
             ) from error
 
 
-class LocalJob:
-    """The processes of one job. See `nemo_spin.selfplay.launcher.RankJob`."""
+@dataclass(frozen=True)
+class Share:
+    """The ranks of a job that this process starts, where there are others elsewhere.
 
-    def __init__(self, job: Job) -> None:
+    Attributes:
+        places: Of these ranks.
+        address: Where rank 0 is found.
+        port: The same.
+    """
+
+    places: tuple[Placement, ...]
+    address: str
+    port: int
+
+
+class LocalJob:
+    """The processes of one job. See `nemo_spin.selfplay.launcher.RankJob`.
+
+    Args:
+        job: It.
+        share: Which of its ranks are started; None: all.
+    """
+
+    def __init__(self, job: Job, share: Share | None = None) -> None:
         self._job = job
+        self._port = None
+        if share is None:
+            everywhere = range(job.ranks)
+            self._port = reserve_port("127.0.0.1")
+            places = tuple(Placement(rank, job.ranks, rank, job.ranks) for rank in everywhere)
+            share = Share(places, "127.0.0.1", int(self._port.getsockname()[1]))
+        self._share = share
         self._ends: dict[int, _End] = {}
         self._changed = threading.Condition()
         self._was_stopped = False
@@ -86,10 +114,9 @@ class LocalJob:
         self._ranks: list[subprocess.Popen[bytes]] = []
         job.log_dir.mkdir(parents=True, exist_ok=True)
         stem = re.sub(r"[^\w.-]+", "-", job.name)
-        self._logs = [job.log_dir / f"{stem}.rank_{rank}.log" for rank in range(job.ranks)]
+        self._logs = [job.log_dir / f"{stem}.rank_{place.rank}.log" for place in share.places]
         self._offsets = [log.stat().st_size if log.exists() else 0 for log in self._logs]
         self._failures = [log.with_suffix(".failure.json") for log in self._logs]
-        self._port = reserve_port("127.0.0.1")
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", _GUARD],
             stdin=subprocess.PIPE,
@@ -98,14 +125,14 @@ class LocalJob:
             process_group=0,
         )
         try:
-            for rank in range(job.ranks):
+            for rank in range(len(share.places)):
                 self._ranks.append(self._start_rank(rank))
         except BaseException:
             self._sweep()
             for process in self._ranks:
                 process.wait()
             raise
-        for rank in range(job.ranks):
+        for rank in range(len(share.places)):
             threading.Thread(target=self._await_rank, args=(rank,), daemon=True).start()
 
     def poll(self) -> int | None:
@@ -140,6 +167,11 @@ class LocalJob:
             self._end_group()
         self._sweep()
 
+    def failure_age_s(self) -> float:
+        """Seconds since the rank that failed first did; 0 where none has."""
+        first = self._first_failure()
+        return 0.0 if first is None else max(0.0, time.time() - self._failure_time(first))
+
     def describe_failure(self) -> str:
         """What happened to the rank that failed first, the end of its log, and the log's path."""
         first = self._first_failure()
@@ -149,7 +181,7 @@ class LocalJob:
         if self._timed_out:
             rank, what = 0, f"did not end within {self._job.timeout_s:g} s (launcher.timeout_s)"
         else:
-            what = f"rank {rank} {self._how_it_ended(rank)}"
+            what = f"rank {self._share.places[rank].rank} {self._how_it_ended(rank)}"
         tail = "".join(f"  | {line}\n" for line in last_lines(self._logs[rank], self._offsets[rank]))
         return f"{self._job.name}: {what}\n{tail}  log: {self._logs[rank]}"
 
@@ -168,16 +200,16 @@ class LocalJob:
 
     def _environment(self, rank: int) -> dict[str, str]:
         inherited = inherited_environment()
-        if sys.platform == "linux":  # not the address of the host name, which containers often lack
+        place = self._share.places[rank]
+        if (
+            self._port is not None and sys.platform == "linux"
+        ):  # not the address of the host name, which containers often lack
             inherited.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        inherited.pop("GROUP_RANK", None)  # of torchrun's
         return inherited | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "WORLD_SIZE": str(self._job.ranks),
-            "LOCAL_WORLD_SIZE": str(self._job.ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self._port.getsockname()[1]),
+            **place.variables(),
+            "MASTER_ADDR": self._share.address,
+            "MASTER_PORT": str(self._share.port),
             "OMP_NUM_THREADS": str(self._job.omp_num_threads),
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",
@@ -219,7 +251,8 @@ class LocalJob:
             self._signal_group(signal.SIGKILL)
             self._guard.wait()
             _close(self._guard.stdin)
-            self._port.close()
+            if self._port is not None:
+                self._port.close()
             for failure in (
                 self._failures if self._ends and not any(e.code for e in self._ends.values()) else ()
             ):

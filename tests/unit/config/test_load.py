@@ -41,6 +41,7 @@ def test_every_file_of_conf_composes_and_is_valid() -> None:
         "model/optim/adam.yaml",
         "launcher/local.yaml",
         "launcher/slurm.yaml",
+        "launcher/external.yaml",
     }
     for path in choices:
         group = path.parent.relative_to(conf_dir()).as_posix()

@@ -33,6 +33,8 @@ def forward(number, frame):
         if task.poll() is None:
             task.send_signal(signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGKILL)
     if number == signal.SIGTERM:
+        for task in tasks:
+            task.wait()
         sys.exit(137)
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, forward)
