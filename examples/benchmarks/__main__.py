@@ -8,11 +8,17 @@ import os
 from pathlib import Path
 from types import ModuleType
 
-from examples.benchmarks import head, packing, refresh, streams
+from examples.benchmarks import head, packing, refresh, streams, training
 from examples.benchmarks.machine import machine
 
 # Each has SUMMARY, `add_arguments(parser)` and `run(options)`, which prints and returns its results.
-BENCHMARKS: dict[str, ModuleType] = {"head": head, "packing": packing, "refresh": refresh, "streams": streams}
+BENCHMARKS: dict[str, ModuleType] = {
+    "head": head,
+    "packing": packing,
+    "refresh": refresh,
+    "streams": streams,
+    "training": training,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -26,20 +26,25 @@ def lengths(
 def chat_pairs(count: int, *, vocabulary: int, seed: int = 0, scale: float = 1.0) -> pa.Table:
     """`count` rows of a prompt, a real and a generated response, with an opponent's values."""
     generator = np.random.default_rng(seed)
+    sizes = [lengths(generator, count, shape, scale) for shape in (PROMPT, RESPONSE, RESPONSE)]
+    return random_pairs(np.stack(sizes, axis=1), vocabulary=vocabulary, generator=generator)
 
-    def ids(sizes: np.ndarray) -> pa.Array:
-        return pa.array([generator.integers(0, vocabulary, size).astype(np.int32) for size in sizes], _IDS)
 
-    prompts, real, generated = (
-        lengths(generator, count, shape, scale) for shape in (PROMPT, RESPONSE, RESPONSE)
-    )
+def random_pairs(sizes: np.ndarray, *, vocabulary: int, generator: np.random.Generator) -> pa.Table:
+    """Rows of random tokens, with an opponent's values.
+
+    Args:
+        sizes: [rows, 3] tokens of prompt, real and generated response.
+        vocabulary: Token ids are below it.
+        generator: Draws them.
+    """
+    columns = {
+        name: pa.array([generator.integers(0, vocabulary, size).astype(np.int32) for size in column], _IDS)
+        for name, column in zip(("prompt_ids", "real_ids", "generated_ids"), sizes.T, strict=True)
+    }
     nats = float(np.log(vocabulary))  # a token of a model that knows nothing
-    return pa.table(
-        {
-            "prompt_ids": ids(prompts),
-            "real_ids": ids(real),
-            "generated_ids": ids(generated),
-            "opponent_real_logps": pa.array(-nats * real),
-            "opponent_generated_logps": pa.array(-nats * generated),
-        }
-    )
+    opponent = {
+        f"opponent_{kind}_logps": pa.array(-nats * column)
+        for kind, column in zip(("real", "generated"), sizes.T[1:], strict=True)
+    }
+    return pa.table({**columns, **opponent})

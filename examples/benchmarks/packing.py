@@ -21,6 +21,7 @@ import numpy as np
 
 from examples.benchmarks.chat_lengths import chat_pairs
 from examples.benchmarks.measure import Run, column, in_a_process, ratios, show, spread, summary
+from examples.benchmarks.small_llama import engine_of, write_llama
 from nemo_spin.data.datasets import Units
 from nemo_spin.data.packing import PACKINGS, Layout
 
@@ -74,7 +75,8 @@ def _measure(options: argparse.Namespace) -> dict[str, list[Run]]:
     torch.set_num_threads(options.threads)
     units = Units(chat_pairs(options.pairs, vocabulary=_VOCABULARY, seed=options.seed, scale=options.scale))
     with tempfile.TemporaryDirectory() as directory:
-        engine = _engine(options, Path(directory))
+        sizes = {"hidden": options.hidden, "layers": options.layers}
+        engine = engine_of(write_llama(Path(directory), vocabulary=_VOCABULARY, **sizes))
     alternatives = layouts(options, units)
     runs: dict[str, list[Run]] = {name: [] for name in alternatives}
     _step(engine, alternatives["shared_prompt"], units)  # libraries load what they need
@@ -82,39 +84,6 @@ def _measure(options: argparse.Namespace) -> dict[str, list[Run]]:
         for name, layout in alternatives.items():
             runs[name].append(_step(engine, layout, units))
     return runs
-
-
-def _engine(options: argparse.Namespace, directory: Path) -> Any:
-    """A Llama with random weights, ready to train, at one rank."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from nemo_spin.bridge.families import architecture_of
-    from nemo_spin.bridge.import_hf import load_weights
-    from nemo_spin.config.schema import ModelConfig
-    from nemo_spin.megatron.engine import Engine, layout_of
-    from nemo_spin.megatron.optimizers import build_optimizer, wrap_for_training
-    from nemo_spin.megatron.provider import build_model
-    from nemo_spin.megatron.runtime import initialize
-
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=options.hidden,
-        intermediate_size=8 * options.hidden // 3 // 16 * 16,
-        num_hidden_layers=options.layers,
-        num_attention_heads=max(2, options.hidden // 64),
-        num_key_value_heads=max(2, options.hidden // 128),
-        max_position_embeddings=4096,
-    )
-    LlamaForCausalLM(shape).save_pretrained(directory)
-    runtime = initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=0)
-    config, architecture = ModelConfig(path=str(directory)), architecture_of(directory)
-    chunks = build_model(architecture, config, params_dtype=torch.float32)
-    load_weights(chunks, directory, architecture)
-    wrapped = wrap_for_training(chunks, distributed_optimizer=False)
-    optimizer = build_optimizer(wrapped, config.optim, lr=0.0, params_dtype=torch.float32, distributed=False)
-    return Engine(wrapped, runtime, architecture.vocab_size, layout_of(config), optimizer)
 
 
 def _step(engine: Any, layout: Layout, units: Units) -> Run:

@@ -16,6 +16,7 @@ import pytest
 
 from examples.benchmarks.chat_lengths import PROMPT, RESPONSE, chat_pairs, lengths
 from examples.benchmarks.measure import ratios, spread, summary
+from examples.benchmarks.training import sorted_within_batches
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +40,33 @@ def test_the_head_needs_less_than_an_eighth_of_the_plain_ones_memory(tmp_path: P
     assert result["plain"]["above_mib"]["median"] == pytest.approx(3 * logits_mib, rel=0.1)
     assert result["ratio"]["above_mib"]["median"] < 1 / 8
     assert result["ratio"]["whole_mib"]["median"] < 1 / 8
+
+
+def test_a_peer_that_is_compared_with_does_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="the peer: pip install .[bench]")
+    sizes = ["--pairs", "16", "--global-batch-size", "8", "--hidden", "64", "--layers", "2", "--scale", "0.1"]
+    sizes += ["--vocabulary", "512", "--peer-micro-batch-sizes", "4", "--repeats", "1"]
+    shown, written = benchmark("training", tmp_path / "training.json", *sizes)
+    results = written["results"]
+    last = results.pop("last_loss")
+    assert len(results) == 3 and last.keys() == results.keys()
+    assert all(name in shown for name in results)
+    assert np.ptp(list(last.values())) < 1e-3
+    assert last["nemo_spin"] != pytest.approx(np.log(2), abs=1e-5), "a step was taken"
+
+
+def test_batches_keep_their_pairs_when_they_are_sorted() -> None:
+    pairs = chat_pairs(20, vocabulary=50)
+    found = sorted_within_batches(pairs, 8)
+    ids = [str(row) for row in pairs["real_ids"].to_pylist()]
+    kept = [str(row) for row in found["real_ids"].to_pylist()]
+    for start in (0, 8, 16):
+        assert sorted(ids[start : start + 8]) == sorted(kept[start : start + 8])
+    padded = [
+        len(row["prompt_ids"]) + max(len(row["real_ids"]), len(row["generated_ids"]))
+        for row in found.to_pylist()
+    ]
+    assert padded[:8] == sorted(padded[:8]) and padded[16:] == sorted(padded[16:])
 
 
 def test_packing_computes_the_same_with_fewer_slots(tmp_path: Path) -> None:
