@@ -32,7 +32,7 @@ import nemo_spin
 from nemo_spin.errors import PREEMPTED, DataError, explain
 from nemo_spin.launch.meeting import reserve_port
 from nemo_spin.launch.placement import Placement
-from nemo_spin.launch.rank import FAILURE_VARIABLE, LAUNCHER_VARIABLE
+from nemo_spin.launch.rank import ALONE_VARIABLE, FAILURE_VARIABLE, LAUNCHER_VARIABLE
 from nemo_spin.selfplay.launcher import Job, RankJob
 
 PROGRESS_VARIABLE = "NEMO_SPIN_PROGRESS"
@@ -206,6 +206,8 @@ class LocalJob:
         ):  # not the address of the host name, which containers often lack
             inherited.setdefault("GLOO_SOCKET_IFNAME", "lo")
         inherited.pop("GROUP_RANK", None)  # of torchrun's
+        if self._port is None:  # Slurm sends it to every process of a task
+            inherited[ALONE_VARIABLE] = "1"
         return inherited | {
             **place.variables(),
             "MASTER_ADDR": self._share.address,

@@ -26,6 +26,7 @@ from nemo_spin.launch import meeting, placement
 FAILURE_VARIABLE = "NEMO_SPIN_FAILURE"  # file for the note of a failure
 LAUNCHER_VARIABLE = "NEMO_SPIN_LAUNCHER_PID"
 STEP_VARIABLE = "NEMO_SPIN_STEP"  # in a step: what the names of its files begin with
+ALONE_VARIABLE = "NEMO_SPIN_DEAF"  # SIGUSR1 is for the process that started this one
 JOIN_VARIABLE = "NEMO_SPIN_JOIN_TIMEOUT_S"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -114,6 +115,8 @@ def _hear_alone() -> None:
 def main() -> None:
     """Runs the module named by the first argument with the arguments after it."""
     die_with_launcher()
+    if ALONE_VARIABLE in os.environ:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     stem = os.environ.get(STEP_VARIABLE)
     holder = _join_step(stem) if stem is not None else None
     del sys.argv[0]

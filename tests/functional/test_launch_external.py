@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -228,13 +229,15 @@ def test_a_follower_that_is_told_to_leave_has_all_ranks_save(hosts: Hosts) -> No
     hosts.body(
         """
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-        (here / f"ready.{rank}").touch()
+        (here / f"ready.{rank}").write_text(str(os.getpid()))
         time.sleep(60)
         """
     )
     first, second = hosts.start(0), hosts.start(1)
     await_files(hosts.place / "ready.0", hosts.place / "ready.1")
-    second.terminate()
+    for rank in range(2):  # Slurm's signal comes to every process: these leave it to their commands
+        os.kill(int((hosts.place / f"ready.{rank}").read_text()), signal.SIGUSR1)
+    second.send_signal(signal.SIGUSR1)
     said = output(first)
     assert first.returncode == 75, said
     assert "was told to leave; the same command goes on from what is saved" in said
