@@ -8,13 +8,14 @@ import os
 from pathlib import Path
 from types import ModuleType
 
-from examples.benchmarks import head, packing, refresh, streams, training
+from examples.benchmarks import head, packing, preparation, refresh, streams, training
 from examples.benchmarks.machine import machine
 
 # Each has SUMMARY, `add_arguments(parser)` and `run(options)`, which prints and returns its results.
 BENCHMARKS: dict[str, ModuleType] = {
     "head": head,
     "packing": packing,
+    "preparation": preparation,
     "refresh": refresh,
     "streams": streams,
     "training": training,

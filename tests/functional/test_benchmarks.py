@@ -55,6 +55,14 @@ def test_a_peer_that_is_compared_with_does_the_same(tmp_path: Path) -> None:
     assert last["nemo_spin"] != pytest.approx(np.log(2), abs=1e-5), "a step was taken"
 
 
+@pytest.mark.slow
+def test_preparing_gives_the_ids_that_datasets_gives(tmp_path: Path) -> None:
+    sizes = ["--rows", "300", "--scale", "0.1", "--vocabulary", "400", "--threads", "1", "--repeats", "1"]
+    shown, written = benchmark("preparation", tmp_path / "preparation.json", *sizes)
+    assert all(name in shown for name in written["results"])
+    assert len(written["results"]) == 3
+
+
 def test_batches_keep_their_pairs_when_they_are_sorted() -> None:
     pairs = chat_pairs(20, vocabulary=50)
     found = sorted_within_batches(pairs, 8)
