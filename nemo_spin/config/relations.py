@@ -9,6 +9,11 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from nemo_spin.config.benchmark_rules import (
+    BENCHMARK_KEYS,
+    benchmarks_have_an_engine,
+    tasks_say_how_they_are_asked,
+)
 from nemo_spin.config.expert_rules import experts_divide_the_ranks
 from nemo_spin.config.fp8_rules import FP8_KEYS, fp8_has_what_it_needs
 from nemo_spin.config.guard_rules import GUARD_KEYS, a_guard_warns_before_it_stops
@@ -343,6 +348,8 @@ RELATIONS: tuple[Relation, ...] = (
     ),
     Relation(("name",), _name_is_a_file_name),
     Relation(("evaluation.scorer",), _scorer_names_a_function),
+    Relation(BENCHMARK_KEYS[:1], tasks_say_how_they_are_asked),
+    Relation(BENCHMARK_KEYS, benchmarks_have_an_engine),
     Relation(("evaluation.scorer", "evaluation.enabled", "data.heldout"), _scorer_has_prompts),
     Relation(("sft.output", "run_dir"), _fine_tuning_has_its_own_directory),
     Relation(("exp_manager.create_wandb_logger", "exp_manager.wandb_logger_kwargs"), _wandb_has_a_project),

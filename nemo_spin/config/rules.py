@@ -126,6 +126,9 @@ RANGES: dict[str, Range] = {
     "launcher.slurm.cpus_per_task": _COUNT,
     "launcher.slurm.signal_s": Range(low=1, high=65535, whole=True),  # as sbatch
     "evaluation.num_prompts": _COUNT,
+    "evaluation.benchmarks.limit": _COUNT,
+    "evaluation.benchmarks.max_length": _COUNT,
+    "evaluation.benchmarks.timeout_s": _POSITIVE,
 }
 
 # A scalar, or a list with one value for each iteration.
@@ -217,6 +220,7 @@ TEXTS: tuple[str, ...] = (
     "launcher.slurm.python",
     "launcher.slurm.container_image",
     "evaluation.scorer",
+    "evaluation.benchmarks.include_path",
 )
 
 _LOOP = ("run_dir", "model.path", "data.train")

@@ -309,6 +309,19 @@ class LauncherConfig:
 
 
 @dataclass
+class BenchmarksConfig:
+    """Tasks of lm-eval (lm-evaluation-harness), run by vLLM in `generation.python`'s environment."""
+
+    # Task or group -> {num_fewshot: examples before each question, metric: a name in lm-eval's results};
+    # what is not given is as the task has it
+    tasks: dict[str, Any] = field(default_factory=dict)
+    include_path: str | None = None  # directory with task files of your own
+    limit: int | None = None  # the first questions of each task; null: all
+    max_length: int | None = None  # tokens of a question with its examples; null: the model's own
+    timeout_s: float = 86400.0  # for all tasks of one model; loading it included
+
+
+@dataclass
 class EvaluationConfig:
     """What is measured on held-out prompts after each iteration (and on theta_0)."""
 
@@ -317,6 +330,7 @@ class EvaluationConfig:
     num_prompts: int | None = None  # null: all held-out prompts
     sampled: bool = True  # score answers at generation.temperature
     greedy: bool = True  # and at temperature 0
+    benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
 
 
 @dataclass

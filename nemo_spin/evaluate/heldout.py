@@ -19,6 +19,7 @@ from nemo_spin.config.schema import Config
 from nemo_spin.data.files import Manifest, atomic_path, write_json, write_manifest
 from nemo_spin.data.pairs import read_prepared
 from nemo_spin.errors import ConfigError, explain
+from nemo_spin.evaluate import benchmarks
 from nemo_spin.evaluate.scorer import Scorer, checked_score, load_scorer, scorer_sha256
 from nemo_spin.generation import passes, stage
 from nemo_spin.generation.counts import count_answers
@@ -124,7 +125,8 @@ def finish(
 
     Returns:
         The manifest; its counts are the results: for each pass the mean score (None
-        without a scorer), lengths and shares (`generation.counts`).
+        without a scorer), lengths and shares (`generation.counts`); under `benchmarks`,
+        of each task that is configured (`evaluate.benchmarks`, which are done by then).
 
     Raises:
         DataError: A shard is missing or damaged.
@@ -149,6 +151,9 @@ def finish(
             "temperature": plan.sampling.temperature,
             **count_answers(tables),
         }
+    if config.evaluation.benchmarks.tasks:
+        results["benchmarks"] = benchmarks.results(config, out_dir)
+        files += benchmarks.files(config)
     with atomic_path(out_dir / ANSWERS_NAME) as partial:
         table = pa.concat_tables(answers) if answers else ANSWERS.empty_table()
         pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
@@ -207,6 +212,8 @@ def evaluate(
 def _passes(config: Config, prepared: Path, *, iteration: int, model_sha256: str) -> list[passes.PassPlan]:
     path = (prepared / "heldout.parquet").absolute()
     if not path.is_file():
+        if config.evaluation.benchmarks.tasks:
+            return []  # they bring their own questions
         raise ConfigError(
             explain(
                 "data.heldout",

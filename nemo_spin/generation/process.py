@@ -46,6 +46,7 @@ class SamplerProcess:
         request_path: The first request.
         log_path: Its output is appended there, until a request names another log.
         placement: Where it runs.
+        module: What it runs.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class SamplerProcess:
         request_path: Path,
         log_path: Path,
         placement: Placement = HERE,
+        module: str = _MODULE,
     ) -> None:
         self.interpreter = interpreter
         self.began = time.monotonic()
@@ -63,7 +65,7 @@ class SamplerProcess:
         with log_path.open("ab") as log:
             try:
                 self._process = subprocess.Popen(
-                    [*placement.prefix, interpreter.python, "-P", "-m", _MODULE, str(request_path)],
+                    [*placement.prefix, interpreter.python, "-P", "-m", module, str(request_path)],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,

@@ -161,7 +161,7 @@ class GenerationRequest:
         return cls(
             **{
                 **plain,
-                "engine": _engine(plain["engine"]),
+                "engine": engine_from_dict(plain["engine"]),
                 "passes": tuple(_pass(entry) for entry in plain["passes"]),
                 "canary": None if plain["canary"] is None else CanaryCheck(**plain["canary"]),
                 "order": tuple(plain["order"]),
@@ -175,7 +175,8 @@ def read_request(path: Path) -> GenerationRequest:
     return GenerationRequest.from_dict(json.loads(path.read_text(encoding="utf-8"))["request"])
 
 
-def _engine(plain: dict[str, Any]) -> EngineSettings:
+def engine_from_dict(plain: dict[str, Any]) -> EngineSettings:
+    """Settings from the plain values that were written."""
     return EngineSettings(**{**plain, "adapter_modules": tuple(plain["adapter_modules"])})
 
 

@@ -45,7 +45,7 @@ def engine_settings(
         model_dir=str(model_dir.absolute()),
         dtype=_dtype(config),
         tensor_parallel_size=size,
-        max_model_len=min(needed, _max_context(architecture)),
+        max_model_len=min(needed, max_context(architecture)),
         max_num_seqs=generation.max_num_seqs,
         kv_cache_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
         kv_numbers_per_token=2 * architecture.num_layers * groups * architecture.head_dim,
@@ -76,7 +76,7 @@ def check_pass(plan: PassPlan, architecture: Architecture) -> PromptLengths:
         plan.prepared,
         num_prompts=plan.num_prompts,
         vocab_size=architecture.vocab_size,
-        max_context=_max_context(architecture),
+        max_context=max_context(architecture),
         max_tokens=plan.sampling.max_tokens,
     )
 
@@ -116,7 +116,7 @@ def check_stop_token_ids(config: Config, architecture: Architecture) -> None:
         )
 
 
-def _max_context(architecture: Architecture) -> int:
+def max_context(architecture: Architecture) -> int:
     """Tokens the model can process; configurations count a linear stretch apart."""
     stretch = architecture.rope.factor if architecture.rope.kind == "linear" else 1.0
     return int(architecture.max_position_embeddings * stretch)

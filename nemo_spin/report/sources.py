@@ -94,6 +94,7 @@ class RunSource:
         data_dir: The prepared demonstrations.
         parts: Its iterations, in order.
         status: What it is doing, in a word or two.
+        host: The machine that its command was started on; empty where it is not known.
         times: The same as of `PartSource`, for stages that belong to no iteration.
     """
 
@@ -102,4 +103,5 @@ class RunSource:
     data_dir: Path
     parts: tuple[PartSource, ...]
     status: str = ""
+    host: str = ""
     times: Mapping[str, StageTime] = field(default_factory=dict)

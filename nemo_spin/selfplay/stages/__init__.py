@@ -17,7 +17,9 @@ __all__ = ["Context", "Stage", "sft_stages", "spin_stages", "stage_of_command"]
 
 def spin_stages(context: Context) -> list[Stage]:
     """Everything that `nemo-spin run` does, in order."""
-    evaluates = context.config.evaluation.enabled and context.config.data.heldout is not None
+    evaluation = context.config.evaluation
+    has_questions = context.config.data.heldout is not None or bool(evaluation.benchmarks.tasks)
+    evaluates = evaluation.enabled and has_questions
     stages: list[Stage] = [PrepareStage(context)]
     if evaluates:
         stages.append(EvaluateStage(context))
@@ -69,7 +71,7 @@ def stage_of_command(context: Context, name: str, iteration: int | None) -> Stag
         raise ConfigError(
             explain(
                 f"nemo-spin {name}",
-                found="evaluation.enabled is false, or there are no held-out prompts",
+                found="evaluation.enabled is false, or there are no held-out prompts and no benchmarks",
                 rule="held-out prompts are evaluated",
                 remedy="set data.heldout and evaluation.enabled=true",
             )

@@ -1,4 +1,4 @@
-"""evaluate: how a model answers held-out prompts, sampled and greedy."""
+"""evaluate: how a model answers held-out prompts, sampled and greedy, and benchmarks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_spin.data.files import Manifest, write_json
 from nemo_spin.data.progress import Progress
-from nemo_spin.evaluate import heldout
+from nemo_spin.evaluate import benchmarks, heldout
 from nemo_spin.evaluate.scorer import load_scorer, scorer_sha256
 from nemo_spin.generation.environment import sampler_python
 from nemo_spin.selfplay.inputs import config_inputs
@@ -66,11 +66,12 @@ class EvaluateStage(Stage):
         return config_inputs(self.context.config, self.name, self.iteration)
 
     def check(self) -> None:
-        """There must be an interpreter for the sampler, and the scorer must be importable."""
+        """There must be an interpreter for the sampler and for benchmarks; the scorer must be importable."""
         config = self.context.config
         sampler_python(config)
         if config.evaluation.scorer is not None:
             load_scorer(config.evaluation.scorer)
+        benchmarks.check(config)
 
     def consumes(self) -> dict[str, Any]:
         """The model, the prompts and the scorer."""
@@ -80,6 +81,7 @@ class EvaluateStage(Stage):
             "model": weights_of(self.context, self.model_dir),
             "prepared": self.required(PrepareStage(self.context)).sha256(),
             "scorer": scorer_sha256(self.context.config.evaluation.scorer),
+            **benchmarks.inputs(self.context.config),
         }
 
     def leftovers(self) -> list[Path]:
@@ -108,8 +110,27 @@ class EvaluateStage(Stage):
             **{**common, **loaded},
         )
         self.follow(job, progress)
+        if self.config.evaluation.benchmarks.tasks:
+            self._run_benchmarks(progress)
         manifest = heldout.finish(self.config, notes=job.notes, **common)
         write_engine_line(self.files.metrics_path, manifest, step=self._last_step())
+
+    def _run_benchmarks(self, progress: Progress) -> None:
+        """lm-eval has an engine of its own: a waiting one gives its memory back first."""
+        self.context.keeper.close()
+        name = self.progress_path.name.replace(".progress.jsonl", "-benchmarks")
+        progress_path = self.progress_path.with_name(f"{name}.progress.jsonl")
+        progress_path.unlink(missing_ok=True)
+        job = benchmarks.start(
+            self.config,
+            model_dir=self.model_dir,
+            model_sha256=weights_of(self.context, self.model_dir),
+            out_dir=self.directory,
+            progress_path=progress_path,
+            log_path=self.progress_path.with_name(f"{name}.log"),
+            place=sampler_place(self.context.launcher, self.config),
+        )
+        self.follow(job, progress, progress_path=progress_path)
 
     def _last_step(self) -> int:
         """Of the training that made the model; -1 where there was none."""
@@ -131,4 +152,6 @@ class EvaluateStage(Stage):
             parts.append(
                 f"{way}: {score}{counts['mean_length']:.1f} tokens on average, {counts['cut_share']:.1%} cut"
             )
+        for task, result in manifest.counts.get("benchmarks", {}).items():
+            parts.append(f"{task} {result['value']:.1%}")
         return "; ".join(parts) + describe_engine(manifest)

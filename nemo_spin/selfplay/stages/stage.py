@@ -186,7 +186,12 @@ class Stage(abc.ABC):
         self.follow(started, progress, interrupt=leave)
 
     def follow(
-        self, job: RunningJob, progress: Progress, interrupt: Callable[[], None] | None = None
+        self,
+        job: RunningJob,
+        progress: Progress,
+        *,
+        interrupt: Callable[[], None] | None = None,
+        progress_path: Path | None = None,
     ) -> None:
         """Waits for the stage's processes.
 
@@ -194,6 +199,7 @@ class Stage(abc.ABC):
             job: Them.
             progress: Gets what they report.
             interrupt: Asks them to save and end; None where they have nothing to save.
+            progress_path: Where they report it; None: where the stage's processes do.
 
         Raises:
             NemoSpinError: They failed.
@@ -202,7 +208,7 @@ class Stage(abc.ABC):
             follow(
                 job,
                 name=self.label,
-                progress_path=self.progress_path,
+                progress_path=progress_path or self.progress_path,
                 progress=progress,
                 timeout_s=self.context.config.launcher.timeout_s,
                 interrupt=interrupt,

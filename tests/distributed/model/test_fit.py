@@ -27,8 +27,8 @@ ROWS, GLOBAL_BATCH, EPOCHS = 10, 4, 2
 STEPS = 6  # three steps a pass, the last with two units
 
 
-def _write_scored(model_dir: Path, directory: Path, *, shift: float) -> None:
-    """Pairs scored by the model itself; `shift` moves the opponent's real log-probabilities."""
+def _write_scored(model_dir: Path, directory: Path, *, shift: float = 0.0) -> None:
+    """Pairs scored by the model; `shift` moves the opponent's real log-probabilities."""
     table = reference.make_pairs(ROWS)
     with torch.no_grad():
         opponent = reference.logps(reference.load(model_dir), table)
@@ -62,10 +62,13 @@ def _fit(
     on_step: Callable[..., None] | None = None,
     stop: bool = True,
 ) -> dict[str, Any]:
-    """A training that a gate or guard stops raises: NeMo's OneLogger keeps a span open in its ranks then."""
+    """A training that a gate or guard stops raises: NeMo's OneLogger keeps a span open in its ranks then.
+
+    Without `stop` it goes on whatever guards say; under "errors" is what would have stopped it.
+    """
     from nemo_spin.config.schema import Config, ModelConfig
     from nemo_spin.data.progress import SilentProgress
-    from nemo_spin.errors import PreemptedError
+    from nemo_spin.errors import GuardError, PreemptedError
     from nemo_spin.megatron.runtime import initialize
     from nemo_spin.model.fit import fit
     from nemo_spin.model.settings import TrainingJob
@@ -111,7 +114,14 @@ def _fit(
     guards = Config()
     guards.selfplay.stop = stop
     guards.selfplay.guards.window_steps = 2
-    guards.selfplay.guards.margin_saturated.warn = 1.0
+    watch, errors = TrainingWatch(guards, "train", notes.append), list[str]()
+
+    def note_errors(line: dict[str, Any]) -> None:
+        try:
+            watch(line)
+        except GuardError as error:
+            errors.append(str(error))
+
     try:
         last = fit(
             replace(job, **(changes or {})),
@@ -120,11 +130,11 @@ def _fit(
             num_nodes=1,
             progress=progress,
             started=time.monotonic(),
-            watch=TrainingWatch(guards, "train", notes.append),
+            watch=watch if stop else note_errors,
         )
     except PreemptedError as error:
         return {"preempted": str(error)}
-    return {"last": last.name, "notes": notes, **summary(job.metrics_path)}
+    return {"last": last.name, "notes": notes, "errors": errors, **summary(job.metrics_path)}
 
 
 def _check_telemetry(train: list[dict[str, Any]], end: dict[str, Any], result: dict[str, Any]) -> None:
@@ -159,7 +169,7 @@ def test_a_training_leaves_metrics_checkpoints_and_tensorboard(
     tmp_path: Path, tensor: int, pipeline: int
 ) -> None:
     model_dir = reference.make_model(tmp_path / "model")
-    _write_scored(model_dir, tmp_path / "scored", shift=0.0)
+    _write_scored(model_dir, tmp_path / "scored")
     result = run_ranks(_fit, 2, model_dir, tmp_path / "scored", tmp_path, tensor, pipeline)
     assert result["last"] == f"step-{STEPS:08d}"
     assert result["steps"] == STEPS
@@ -219,7 +229,7 @@ def _wandb_history(path: Path) -> list[dict[str, Any]]:
 
 def test_every_logger_is_fed_wandb_too(tmp_path: Path) -> None:
     model_dir = reference.make_model(tmp_path / "model")
-    _write_scored(model_dir, tmp_path / "scored", shift=0.0)
+    _write_scored(model_dir, tmp_path / "scored")
     run_ranks(_fit_with_wandb, 1, model_dir, tmp_path / "scored", tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     expected = [line["loss"] for line in lines if line["split"] == "train"]
@@ -237,7 +247,7 @@ def test_every_logger_is_fed_wandb_too(tmp_path: Path) -> None:
 
 def test_identical_pairs_are_dropped_and_an_early_stop_keeps_the_schedule(tmp_path: Path) -> None:
     model_dir = reference.make_model(tmp_path / "model")
-    _write_scored(model_dir, tmp_path / "scored", shift=0.0)
+    _write_scored(model_dir, tmp_path / "scored")
     path = tmp_path / "scored" / "train-iter_00-shard-00000-of-00001.parquet"
     rows = pq.read_table(path).to_pylist()
     for row in rows[:3]:  # what the model would answer at its best
@@ -256,21 +266,38 @@ def test_identical_pairs_are_dropped_and_an_early_stop_keeps_the_schedule(tmp_pa
     assert found == pytest.approx(schedule) and found[-1] > 0
 
 
-def test_what_a_collapse_does_to_held_out_pairs(tmp_path: Path) -> None:
+def _fit_to_the_end(tmp_path: Path, **changes: Any) -> tuple[dict[str, Any], set[str]]:
+    """A training that no guard stops: its summary, and which guards fired."""
     model_dir = reference.make_model(tmp_path / "model")
-    _write_scored(model_dir, tmp_path / "scored", shift=0.0)
-    result = run_ranks(
-        _fit, 1, model_dir, tmp_path / "scored", tmp_path, 1, 1, None, {"lr": 0.3}, None, False
-    )
+    _write_scored(model_dir, tmp_path / "scored")
+    result = run_ranks(_fit, 1, model_dir, tmp_path / "scored", tmp_path, 1, 1, None, changes, None, False)
     assert result["steps"] == STEPS, "selfplay.stop=false: it goes on"
-    fired = {note.split()[1] for note in result["notes"]}
-    assert "real_fall" in fired
+    return result, {note.split()[1] for note in result["notes"]}
+
+
+def test_what_a_collapse_does_to_held_out_pairs(tmp_path: Path) -> None:
+    result, fired = _fit_to_the_end(tmp_path, lr=0.3)
+    assert "real_fall" in fired and not result["errors"]
     assert "heldout_fall" in {entry.guard for entry in of_training(result, GuardsConfig())}
+
+
+def test_a_large_beta_saturates_the_margin_at_a_learning_rate_that_is_fine_otherwise(tmp_path: Path) -> None:
+    result, fired = _fit_to_the_end(tmp_path, spin={"loss": "logistic", "beta": 500.0})
+    assert fired == {"margin_saturated"} and result["margin"] > 10
+    assert of_training(result, GuardsConfig()) == []
+
+
+def test_a_learning_rate_beyond_all_numbers(tmp_path: Path) -> None:
+    """It stops with selfplay.stop=false, too: nothing can come of it."""
+    result, fired = _fit_to_the_end(tmp_path, lr=1e30)
+    assert "not_finite" in fired
+    assert result["errors"] and "guard not_finite" in result["errors"][0]
+    assert [entry.guard for entry in of_training(result, GuardsConfig())] == ["not_finite"]
 
 
 def test_a_learning_rate_that_collapses_is_stopped(tmp_path: Path) -> None:
     model_dir = reference.make_model(tmp_path / "model")
-    _write_scored(model_dir, tmp_path / "scored", shift=0.0)
+    _write_scored(model_dir, tmp_path / "scored")
     stopped = "GuardError: train: guard real_fall: demonstrations became less likely"
     with pytest.raises(AssertionError, match=stopped) as caught:
         run_ranks(_fit, 1, model_dir, tmp_path / "scored", tmp_path, 1, 1, None, {"lr": 0.3})
@@ -282,7 +309,7 @@ def test_a_learning_rate_that_collapses_is_stopped(tmp_path: Path) -> None:
 
 def test_opponent_values_of_another_model_stop_before_the_first_update(tmp_path: Path) -> None:
     model_dir = reference.make_model(tmp_path / "model")
-    _write_scored(model_dir, tmp_path / "scored", shift=0.5)
+    _write_scored(reference.make_model(tmp_path / "other", initializer_range=0.21), tmp_path / "scored")
     with pytest.raises(AssertionError, match=r"GateError.*ln 2 gate(.|\n)*remedy"):
         run_ranks(_fit, 1, model_dir, tmp_path / "scored", tmp_path, 1, 1)
     assert not (tmp_path / "train" / "checkpoints").exists()

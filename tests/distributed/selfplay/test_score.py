@@ -29,18 +29,20 @@ from tests.distributed.harness import run_ranks
 PROMPTS, SEED, MIX, BETA = 6, 3, 0.25, 0.5
 
 
-def _write_generated(run: RunDirectory, iteration: int) -> None:
-    """As the sampler leaves it: the same prompts and demonstrations, other answers, two shards and one."""
+def _write_generated(run: RunDirectory, iteration: int, sampler: Path) -> None:
+    """As a sampler with a model leaves it: the same prompts and demonstrations, other answers, two shards."""
     table = reference.make_pairs(PROMPTS, seed=SEED)
     answers = reference.make_pairs(PROMPTS, seed=SEED + 1 + iteration)["generated_ids"]
     table = table.set_column(2, "generated_ids", answers)
+    with torch.no_grad():
+        drawn = reference.logps(reference.load(sampler), table)[:, 1].tolist()
     rest: dict[str, list[Any]] = {
         "id": [f"id {row}" for row in range(PROMPTS)],
         "sample": [0] * PROMPTS,
         "iteration": [iteration] * PROMPTS,
         "finish_reason": ["stop"] * PROMPTS,
-        "sampler_logps": [0.0] * PROMPTS,
-        "num_sampler_tokens": [1] * PROMPTS,
+        "sampler_logps": drawn,
+        "num_sampler_tokens": [len(ids) for ids in answers.to_pylist()],
         "opponent_sha256": [f"{iteration}"] * PROMPTS,
     }
     for name, values in rest.items():
@@ -53,12 +55,12 @@ def _write_generated(run: RunDirectory, iteration: int) -> None:
     pq.write_table(table.slice(0, 2), directory / "heldout-shard-00000-of-00001.parquet")
 
 
-def _make_run(path: Path) -> RunDirectory:
-    """Three iterations that have answered; each opponent is another model."""
+def _make_run(path: Path, sampler: Path | None = None) -> RunDirectory:
+    """Three iterations that have answered: the opponent, each time another model, or `sampler`."""
     run = RunDirectory(path / "run")
     for iteration in range(3):
-        _write_generated(run, iteration)
         model = reference.make_model(path / f"theta_{iteration}", initializer_range=0.2 + 0.02 * iteration)
+        _write_generated(run, iteration, sampler or model)
         run.iteration(iteration).opponent.symlink_to(model)
     return run
 
@@ -74,7 +76,7 @@ def _score(run_dir: Path, tensor: int, spin: dict[str, Any]) -> None:
         {
             "seed": SEED,
             "model": {"tensor_model_parallel_size": tensor},
-            "spin": {"gates": {"sampler": False}, **spin},  # nobody has sampled here
+            "spin": spin,
             "trainer": {"precision": "32"},
         }
     )
@@ -116,14 +118,19 @@ def test_history_1_is_exactly_the_rows_of_two_iterations_under_the_newest(scored
         assert heldout["iteration"].to_pylist() == [iteration] * 2
 
 
-def test_a_sampler_with_other_weights(scored: RunDirectory, tmp_path: Path) -> None:
-    """The answers say that they were drawn with probability 1, and no model here draws like that."""
-    manifest = read_manifest(scored.iteration(1).scored)
+def _findings(run: RunDirectory, iteration: int) -> list[tuple[str, str]]:
+    manifest = read_manifest(run.iteration(iteration).scored)
     assert manifest is not None
-    (finding,) = of_scores(manifest.counts, GuardsConfig())
-    assert (finding.guard, finding.level) == ("sampler_difference", "warn")
+    return [(entry.guard, entry.level) for entry in of_scores(manifest.counts, GuardsConfig())]
+
+
+def test_a_sampler_with_other_weights(scored: RunDirectory, tmp_path: Path) -> None:
+    other = reference.make_model(tmp_path / "other", initializer_range=0.4)
+    run = _make_run(tmp_path, sampler=other)
+    run_ranks(_score, 1, run.path, 1, {"gates": {"sampler": False}})
+    assert _findings(run, 1) == [("sampler_difference", "warn")] and _findings(scored, 1) == []
     with pytest.raises(AssertionError, match=r"GateError: sampler gate .* differ by"):
-        run_ranks(_score, 1, _make_run(tmp_path).path, 1, {"gates": {"sampler": True}})
+        run_ranks(_score, 1, _make_run(tmp_path / "gated", sampler=other).path, 1, {})
 
 
 def test_theta_0_has_scored_every_row_once(scored: RunDirectory) -> None:

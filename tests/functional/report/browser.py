@@ -115,11 +115,11 @@ class Browser:
         self._send("DELETE", self._session)
 
     def open(self, path: Path) -> None:
-        """Opens a file, as a double click does, and waits until everything in it is drawn."""
+        """Opens a file, as a double click does, and waits until everything that is unfolded is drawn."""
         self._send("POST", f"{self._session}/url", {"url": path.absolute().as_uri()})
         self.wait(
             "return document.querySelector('#sample-list .row, #sample-list .empty') !== null"
-            " && document.querySelectorAll('.plot:empty').length === 0"
+            " && [...document.querySelectorAll('.plot:empty')].every((e) => !e.checkVisibility())"
         )
 
     def run(self, script: str, *arguments: Any) -> Any:

@@ -63,7 +63,7 @@ def plots(page: Browser) -> dict[str, int]:
         page.run(
             "const drawn = (card) => [...card.querySelectorAll('.plot .curve')]"
             ".reduce((sum, path) => sum + path.getTotalLength(), 0);"
-            "return [...document.querySelectorAll('[data-plot]')]"
+            "return [...document.querySelectorAll('[data-plot]')].filter((card) => card.checkVisibility())"
             ".map((card) => [card.dataset.plot, Math.round(drawn(card))])"
         )
     )
@@ -92,6 +92,14 @@ def test_every_plot_is_drawn(page: Browser) -> None:
     assert {title: length for title, length in drawn.items() if length < 100} == {}
     assert "NaN" not in page.run("return document.querySelector('main').innerHTML")
     assert page.run("return document.querySelectorAll('.bar span').length") == 2 + 3 * 5
+
+
+def test_less_known_metrics_are_drawn_when_they_are_unfolded(page: Browser) -> None:
+    assert page.run("return document.querySelector('#training summary').textContent") == "2 more metrics"
+    page.click("#training summary")
+    page.wait("return document.querySelectorAll('#training details .plot:empty').length === 0")
+    drawn = plots(page)
+    assert min(drawn[name] for name in ("forward_backward_seconds", "useful_tokens")) > 100
 
 
 def test_curves_lie_inside_of_their_frames(page: Browser) -> None:
@@ -137,6 +145,15 @@ def test_a_prompt_full_of_markup_stays_text(page: Browser) -> None:
     )
     page.click("#detail button[aria-label=Close]")
     page.wait("return !document.querySelector('#detail').open")
+
+
+def test_benchmarks_stand_beside_the_paper_s(page: Browser) -> None:
+    rows = page.run(
+        "return [...document.querySelectorAll('.benchmarks tbody tr')]"
+        ".map((row) => [...row.children].map((cell) => cell.textContent))"
+    )
+    assert rows[:2] == [["θ0", "25.0 %"], ["θ1", "30.0 %"]] and len(rows) == 4 + 5
+    assert rows[4] == ["paper's θ0", "26.8 %"]
 
 
 def test_guards_that_fired_are_listed(page: Browser) -> None:

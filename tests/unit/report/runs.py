@@ -21,6 +21,7 @@ from nemo_spin.data.columns import GENERATED, PREPARED, SCORED
 from nemo_spin.data.files import write_json, write_manifest
 from nemo_spin.evaluate.heldout import ANSWERS
 from nemo_spin.generation.counts import count_answers
+from nemo_spin.report import published
 from nemo_spin.report.sources import PartSource, RunSource, StageTime
 from nemo_spin.selfplay.run_directory import RunDirectory
 from tests.models import write_tokenizer
@@ -95,6 +96,7 @@ class Writer:
         self.run.path.mkdir(parents=True, exist_ok=True)
         settings = {
             "name": "synthetic",
+            "trainer": {"num_nodes": 2, "devices": 8},
             "spin": {"beta": BETA, "lr": [1e-6, 5e-7], "history": self.shape.history},
         }
         self.run.config_path.write_text(
@@ -132,6 +134,7 @@ class Writer:
             data_dir=self.run.data_dir,
             parts=tuple(parts),
             status="done",
+            host="node-7",
             times={"prepare": StageTime(12.5), "evaluate": StageTime(66.0)},
         )
 
@@ -256,7 +259,8 @@ class Writer:
 
     def evaluation(self, model: int, directory: Path, numbers: Path) -> None:
         directory.mkdir(parents=True)
-        rows, results = [], {}
+        rows: list[dict[str, Any]] = []
+        results: dict[str, Any] = {}
         for way in ("sampled", "greedy"):
             right = min(0.95, 0.45 + 0.1 * model + (0.2 if way == "greedy" else 0.0))
             scores = []
@@ -283,6 +287,9 @@ class Writer:
                 "cut_share": 0.02,
                 "equal_share": right,
             }
+        shots, metric = published.TASKS["gsm8k"]
+        asked = {"num_fewshot": shots, "asked_metric": metric, "limit": None}
+        results["benchmarks"] = {"gsm8k": {"value": 0.25 + 0.05 * model, **asked}}
         pq.write_table(pa.Table.from_pylist(rows, schema=ANSWERS), directory / "evaluation.parquet")
         write_manifest(directory, stage="evaluate", files=["evaluation.parquet"], inputs={}, counts=results)
         write_json(numbers, results)

@@ -64,6 +64,12 @@ def test_a_run_in_numbers(tmp_path: Path) -> None:
     assert rows["generate, iteration 0", "opponent"] == "cd" * 32
     assert rows["θ0", "architectures"] == "LlamaForCausalLM"
     assert ("written with", "pyarrow") in rows
+    cluster = ("nodes", "devices of each", "started on")
+    assert [rows["cluster", what] for what in cluster] == ["2", "8", "node-7"]
+    benchmarks = run["benchmarks"]
+    assert [row["label"] for row in benchmarks["rows"]] == ["θ0", "θ1", "θ2", "θ3"]
+    assert benchmarks["columns"] == ["gsm8k"] and benchmarks["rows"][2]["values"] == [pytest.approx(0.35)]
+    assert benchmarks["published"][0] == {"label": "paper's θ0", "values": [pytest.approx(0.2676)]}
 
 
 def test_several_runs_keep_their_order_and_get_names_that_differ(tmp_path: Path) -> None:

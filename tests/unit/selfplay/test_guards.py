@@ -1,4 +1,7 @@
-"""Thresholds, levels and messages of guards; `tests/functional/test_guards.py` makes the failures."""
+"""Thresholds, levels and messages of guards.
+
+The failures themselves: `tests/functional/test_guards.py`; for trainings and scorings, `tests/distributed`.
+"""
 
 from __future__ import annotations
 

@@ -93,6 +93,8 @@ WITHOUT_EFFECT = {
     "launcher.silence_timeout_s",
     *(f"launcher.slurm.{field.name}" for field in fields(SlurmConfig)),
     "evaluation.enabled",
+    "evaluation.benchmarks.include_path",  # the hashes of its files count
+    "evaluation.benchmarks.timeout_s",
 }
 
 
