@@ -64,7 +64,7 @@ def check(config: Config) -> None:
 
 
 def _has_lm_eval(config: Config, python: str) -> bool | None:
-    """Whether an interpreter finds lm-eval; None where it is a container's, which cannot be seen from here."""
+    """Whether an interpreter finds lm-eval; None in a container, which cannot be seen."""
     if config.launcher.name == "slurm" and config.launcher.slurm.container_image is not None:
         return None
     found = subprocess.run(

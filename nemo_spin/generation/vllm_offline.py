@@ -67,7 +67,11 @@ def name_package() -> None:
         import vllm
 
         known = metadata.version
-        metadata.version = lambda name: vllm.__version__ if name == "vllm" else known(name)
+
+        def version(distribution_name: str) -> str:
+            return str(vllm.__version__) if distribution_name == "vllm" else known(distribution_name)
+
+        metadata.version = version
 
 
 def llm_arguments(settings: EngineSettings) -> dict[str, Any]:

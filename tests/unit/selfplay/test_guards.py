@@ -6,6 +6,7 @@ The failures themselves: `tests/functional/test_guards.py`; for trainings and sc
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,3 +180,14 @@ def test_a_guard_warns_before_it_stops() -> None:
 def test_every_guard_has_thresholds() -> None:
     guards = GuardsConfig()
     assert all(isinstance(getattr(guards, name), Thresholds) for name in GUARDS) and len(GUARDS) == 14
+
+
+def test_every_guard_is_triggered_by_a_real_failure_somewhere() -> None:
+    tests = Path(__file__).parents[2]
+    real = (
+        "functional/test_guards.py",
+        "distributed/model/test_fit.py",
+        "distributed/selfplay/test_score.py",
+    )
+    text = "".join((tests / name).read_text(encoding="utf-8") for name in real)
+    assert [name for name in (*GUARDS, "not_finite") if f'"{name}"' not in text] == []
