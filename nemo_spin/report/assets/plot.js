@@ -86,7 +86,9 @@ function lines(spec, width) {
   if (xs[0] === xs[1]) { xs[0] -= 0.5; xs[1] += 0.5; }
   let [low, high] = spec.range || extent(drawn.flatMap((series) => series.ys.filter(isNumber)));
   if (spec.zero) { low = Math.min(low, 0); high = Math.max(high, 0); }
-  const room = (high - low) * 0.06 || Math.abs(high) * 0.1 || 0.5;
+  // A constant that was smoothed differs in its last bits: ticks between those could not be counted.
+  const isFlat = high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high));
+  const room = (isFlat ? 0 : (high - low) * 0.06) || Math.abs(high) * 0.1 || 0.5;
   if (!spec.range) { low -= room; high += room; }
   const ticks = spec.log ? logTicks(low, high) : niceTicks(low, high, 4);
   const text = spec.log ? (tick) => tickLabel(10 ** tick) : tickLabel;
