@@ -85,8 +85,30 @@ def write_chats(path: Path, pairs: list[tuple[str, str]]) -> None:
             stream.write(json.dumps({"id": f"{path.stem}-{number:06d}", "messages": messages}) + "\n")
 
 
+SPLITS = ("heldout", "train", "pretrain")
+
+
+def write_task(out_dir: Path, numbers: dict[str, int], *, mistakes: float, seed: int) -> None:
+    """Writes a file of `numbers[split]` chats for every split; no instruction is in two of them.
+
+    Args:
+        out_dir: Where they go.
+        numbers: Chats of each of `SPLITS`.
+        mistakes: Share of `pretrain` that is wrong.
+        seed: Everything follows from it.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    source = instructions(seed)
+    for split in SPLITS:
+        pairs = list(itertools.islice(source, numbers[split]))
+        if split == "pretrain":
+            generator = random.Random(seed)
+            pairs = [(prompt, careless(text, generator, mistakes)) for prompt, text in pairs]
+        write_chats(out_dir / f"{split}.jsonl", pairs)
+
+
 def main() -> None:
-    """Writes all files; no instruction is in two of them."""
+    """Writes all files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--pretrain", type=int, default=51_200, help="number of unreliable chats")
@@ -96,14 +118,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1234)
     arguments = parser.parse_args()
 
-    arguments.out_dir.mkdir(parents=True, exist_ok=True)
-    source = instructions(arguments.seed)
-    for split in ("heldout", "train", "pretrain"):
-        pairs = list(itertools.islice(source, getattr(arguments, split)))
-        if split == "pretrain":
-            generator = random.Random(arguments.seed)
-            pairs = [(prompt, careless(text, generator, arguments.mistakes)) for prompt, text in pairs]
-        write_chats(arguments.out_dir / f"{split}.jsonl", pairs)
+    numbers = {split: getattr(arguments, split) for split in SPLITS}
+    write_task(arguments.out_dir, numbers, mistakes=arguments.mistakes, seed=arguments.seed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""What is compared: the arms of the table, and those of the search that found their settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from examples.comparison.arms import FINE_TUNING, START, Arm
+from examples.comparison.world import QUICKSTART_SEED, Regime
+
+SEEDS = (1235, 1236, 1237)
+SEARCH_SEED = QUICKSTART_SEED  # none of those that are reported
+
+QUICKSTART = Regime()
+WRONG = Regime("a quarter wrong", mistakes=0.25)
+
+
+def fine_tuning(as_long_as: str, lr: str = "1e-4") -> Arm:
+    """Fine-tuning continued for as many optimizer steps as a self-play arm takes."""
+    name = f"fine-tuning for as many steps as {as_long_as}" + ("" if lr == "1e-4" else f", lr {lr}")
+    return Arm(name, FINE_TUNING, (f"sft.lr={lr}",), as_long_as=as_long_as)
+
+
+def answers(number: int, iterations: int = 3) -> Arm:
+    """Self-play with several answers to each prompt."""
+    plural = "iteration" if iterations == 1 else "iterations"
+    return Arm(
+        f"{iterations} {plural}, {number} answers per prompt",
+        overrides=(f"generation.num_generations={number}", f"spin.iterations={iterations}"),
+    )
+
+
+# The paper's figures 4 and 5 and its table 3, in small. `self-play` is the quickstart as it is.
+TABLE: Sequence[tuple[Regime, Sequence[Arm]]] = (
+    (
+        QUICKSTART,
+        (
+            Arm("theta_0", START),
+            Arm("self-play"),
+            Arm("self-play without history", overrides=("spin.history=0",)),
+            Arm("one iteration of 4 epochs", overrides=("spin.iterations=1", "spin.epochs=4")),
+            Arm("one iteration of 9 epochs", overrides=("spin.iterations=1", "spin.epochs=9")),
+            answers(4),
+            answers(16, iterations=1),
+            fine_tuning("1 iteration, 16 answers per prompt"),
+            fine_tuning("self-play"),
+            fine_tuning("3 iterations, 4 answers per prompt"),
+        ),
+    ),
+    (
+        WRONG,
+        (
+            Arm("theta_0", START),
+            Arm("self-play"),
+            answers(4),
+            fine_tuning("3 iterations, 4 answers per prompt"),
+            fine_tuning("3 iterations, 4 answers per prompt", "3e-4"),
+        ),
+    ),
+)
+
+# A regime; arms of self-play by what differs from the quickstart; the one that fine-tuning goes on
+# for as long as, and its learning rates.
+_SOME = ("spin.beta=1.0", "spin.beta=0.1", "spin.beta=0.3 spin.lr=3e-4", "spin.beta=10.0")
+_FOUR = "generation.num_generations=4"
+_SEARCH: Sequence[tuple[Regime, Sequence[str], str, Sequence[str]]] = (
+    (
+        WRONG,
+        (*_SOME, "spin.beta=0.3", _FOUR, f"{_FOUR} spin.beta=0.3", f"{_FOUR} spin.lr=3e-4"),
+        _FOUR,
+        ("1e-4", "3e-4"),
+    ),
+    (
+        QUICKSTART,
+        (
+            *_SOME,
+            _FOUR,
+            f"{_FOUR} spin.lr=3e-4",
+            "spin.lr=3e-4",
+            "spin.lr=3e-5",
+            "spin.loss=hinge",
+            "spin.loss=ipo",
+            "spin.sft_weight=1.0",
+        ),
+        _FOUR,
+        ("1e-4", "3e-4"),
+    ),
+    (
+        Regime("128 demonstrations", 128, sft=("sft.epochs=16",)),
+        ("spin.epochs=8", "spin.epochs=8 spin.beta=0.1", f"spin.epochs=8 {_FOUR}"),
+        f"spin.epochs=8 {_FOUR}",
+        ("1e-4", "3e-4"),
+    ),
+    (
+        Regime("theta_0 of 10 epochs", sft=("sft.epochs=10", "sft.lr=1e-4")),
+        ("spin.beta=1.0", "spin.beta=0.1", _FOUR),
+        _FOUR,
+        ("1e-4",),
+    ),
+)
+
+
+def _search_arms(differences: Sequence[str], longest: str, rates: Sequence[str]) -> list[Arm]:
+    self_play = [Arm(each, overrides=("spin.iterations=2", *each.split())) for each in differences]
+    return [Arm("theta_0", START), *self_play, *(fine_tuning(longest, lr) for lr in rates)]
+
+
+SEARCH: Sequence[tuple[Regime, Sequence[Arm]]] = tuple(
+    (regime, _search_arms(differences, longest, rates)) for regime, differences, longest, rates in _SEARCH
+)
