@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,14 @@ def choices_by_transformers(model_dir: Path) -> float:
             likelihoods.append(sum(float(logps[place - 1, ids[place]]) for place in range(start, len(ids))))
         right += likelihoods.index(max(likelihoods)) == row["right"]
     return right / len(rows())
+
+
+def test_without_lm_eval_nothing_is_started(config_path: Path, tmp_path: Path) -> None:
+    other = [f"generation.python={sys.executable}", f"run_dir={tmp_path / 'run'}"]
+    refused = nemo_spin("run", "--config", str(config_path), *other)
+    assert refused.returncode == 2
+    assert f"{sys.executable} has no lm-eval" in refused.stderr and "pip install" in refused.stderr
+    assert not (tmp_path / "run" / "data").exists()
 
 
 def test_results_are_those_of_the_model(run_dir: Path, tiny_model: Path) -> None:
