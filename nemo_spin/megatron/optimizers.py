@@ -117,7 +117,8 @@ def build_optimizer(
         optimizer_offload_fraction=offload_fraction or 0.0,
         use_precision_aware_optimizer=offload_fraction is not None,  # which then keeps the main weights
     )
-    optimizer = get_megatron_optimizer(config, wrapped, use_gloo_process_groups=False)
+    with torch.no_grad():  # slices of float32 weights with a graph would keep the model alive for ever
+        optimizer = get_megatron_optimizer(config, wrapped, use_gloo_process_groups=False)
     if optim.name == "rmsprop":
         for part in optimizer_parts(optimizer):
             _put_rmsprop(part, optim)

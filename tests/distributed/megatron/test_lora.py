@@ -17,6 +17,7 @@ from tests.distributed.megatron import lora_ranks
 from tests.distributed.megatron.test_engine import BETA
 
 NUM_ROWS = 7
+ENDS_ALONE = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -128,21 +129,22 @@ def test_some_projections_of_a_fused_linear(llama: Path, table: Any, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("layout", "model"),
+    ("layers", "layout", "model"),
     [
-        ((1, 2, 1, False), {"virtual_pipeline_model_parallel_size": 2}),
-        ((1, 1, 2, False), {"context_parallel_size": 2}),
+        (4, (1, 2, 1, False), {"virtual_pipeline_model_parallel_size": 2}),
+        (4, (1, 1, 2, False), {"context_parallel_size": 2}),
+        (1, (1, 3, 1, False), ENDS_ALONE),
     ],
-    ids=["interleaved", "cp"],
+    ids=["interleaved", "cp", "stages-without-layers"],
 )
 def test_chunks_of_a_pipeline_and_parts_of_rows(
-    tmp_path: Path, table: Any, layout: lora_ranks.Layout, model: dict[str, Any]
+    tmp_path: Path, table: Any, layers: int, layout: lora_ranks.Layout, model: dict[str, Any]
 ) -> None:
     """The embedding is the head too, on two stages; frozen, it has no gradient to be summed."""
-    base = reference.make_model(tmp_path / "tied", num_hidden_layers=4, tie_word_embeddings=True)
-    result = run_ranks(lora_ranks.step, 2, base, table, tmp_path, layout, {}, model)
+    base = reference.make_model(tmp_path / "tied", num_hidden_layers=layers, tie_word_embeddings=True)
+    result = run_ranks(lora_ranks.step, ranks(layout), base, table, tmp_path, layout, {}, model)
     loss, gradients = reference.spin_step(base, table, BETA, adapter=tmp_path / "adapter")
-    assert len(gradients) == 4 * 2 * len(ALL)
+    assert len(gradients) == layers * 2 * len(ALL)
     assert result["loss"] == pytest.approx(loss, rel=1e-5)
     assert result["merged"] == pytest.approx(loss, rel=1e-5)
     check_gradients(gradients, tmp_path / "gradients")

@@ -146,3 +146,30 @@ def test_learning_rates_of_1e_7_move_bfloat16_weights(tmp_path: Path, name: str,
     # whole 2^-25: for 1e-7 by three of them, and that is where the least is lost and gained.
     assert moved > 200 * 1e-7 if name == "rmsprop" else moved >= 0.999 * 200 * 3 * 2**-25
     assert visible, "the steps add up to more than bfloat16's resolution for the smallest weights"
+
+
+def _what_outlives_a_training(model_dir: Path, sharded: bool) -> list[str]:
+    """Trains a step, lets go of everything, leaves the process groups; what is there still."""
+    import gc
+    import weakref
+
+    from nemo_spin.megatron.runtime import finalize
+    from tests.distributed.megatron.lora_ranks import spin
+    from tests.distributed.megatron.test_engine import _engine
+
+    engine, _ = _engine(model_dir, (1, 1, 1, False), use_distributed_optimizer=sharded)
+    table = reference.with_opponent(reference.make_pairs(4), torch.full((4, 2), -20.0))
+    spin(engine, table)
+    engine.update(1e-3)
+    parts = {"model": engine.chunks[0], "optimizer": engine.optimizer, "buffer": engine.chunks[0].buffers[0]}
+    held = {name: weakref.ref(part) for name, part in parts.items()}
+    del engine, parts
+    finalize()
+    gc.collect()
+    return [name for name, part in held.items() if part() is not None]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_nothing_of_a_training_outlives_it(tmp_path: Path, sharded: bool) -> None:
+    model_dir = reference.make_model(tmp_path / "model")
+    assert run_ranks(_what_outlives_a_training, 1, model_dir, sharded) == []
