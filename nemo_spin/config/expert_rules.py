@@ -69,4 +69,14 @@ def check_experts_fit(config: Config, *, num_experts: int) -> None:
                 remedy="set it to null",
             )
         )
+    parts = model.recompute_modules if model.recompute_granularity == "selective" else []
+    if num_experts and "mlp" in parts:
+        mistakes.append(
+            mistake(
+                "model.recompute_modules",
+                found=f"{parts}, and the model has experts",
+                rule="Megatron computes a dense MLP again, and keeps what experts computed",
+                remedy="leave mlp out, or set model.recompute_granularity to full",
+            )
+        )
     raise_together(mistakes)

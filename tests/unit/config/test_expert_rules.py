@@ -49,8 +49,15 @@ def test_experts_that_ranks_cannot_share(expert: int, num_experts: int, found: s
 def test_what_experts_do_not_go_with() -> None:
     config = configured(2, tensor_model_parallel_size=2)
     config.model.fp8 = "hybrid"
+    config.model.recompute_modules = ["core_attn", "mlp"]
+    config.model.recompute_granularity = "selective"
     check_experts_fit(configured(1, tensor_model_parallel_size=2), num_experts=0)
     with pytest.raises(ConfigError) as caught:
         check_experts_fit(config, num_experts=8)
     assert "model.sequence_parallel: false" in str(caught.value)
     assert "model.fp8: hybrid" in str(caught.value)
+    assert "model.recompute_modules: ['core_attn', 'mlp'], and the model has experts" in str(caught.value)
+    config.model.recompute_granularity = "full"
+    with pytest.raises(ConfigError) as caught:
+        check_experts_fit(config, num_experts=8)
+    assert "recompute_modules" not in str(caught.value)
