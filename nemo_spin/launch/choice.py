@@ -41,7 +41,8 @@ def launching(config: Config, run_dir: str) -> Iterator[Launcher | None]:
 
 
 def _externally(config: Config, run_dir: Path) -> Iterator[Launcher | None]:
-    from nemo_spin.launch.external import ExternalLauncher, checked_place, follow_first_rank
+    from nemo_spin.launch.external import ExternalLauncher, checked_place
+    from nemo_spin.launch.follower import follow_first_rank
 
     place = checked_place(config, os.environ)
     if place.rank != 0:

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 NAME = ".external.json"
+BEAT_S = 2.0  # between two signs of life, in either direction
+HELLO_S = 10.0  # to make a connection, and for the first message
 _LONGEST_LINE = 1 << 20
 
 
