@@ -8,21 +8,14 @@ from nemo_spin.config.mistakes import Mistake, mistake
 from nemo_spin.config.schema import Config, SlurmConfig
 
 _SECTION = "launcher.slurm"
-SLURM_KEYS = tuple(
-    f"{_SECTION}.{name}"
-    for name in (
-        "job_name",
-        "account",
-        "partition",
-        "qos",
-        "constraint",
-        "time",
-        "options",
-        "modules",
-        "environment",
-        "container_image",
-        "container_mounts",
-    )
+_CHECKED = (
+    *("job_name", "account", "partition", "qos", "constraint", "time", "options", "modules"),
+    *("environment", "container_image", "container_mounts", "signal_s"),
+)
+SLURM_KEYS = (
+    *(f"{_SECTION}.{name}" for name in _CHECKED),
+    "launcher.name",
+    "launcher.preemption_grace_s",
 )
 _TIME = re.compile(r"\d+|\d+:\d{1,2}|\d+:\d{1,2}:\d{1,2}|\d+-\d+(:\d{1,2}){0,2}|UNLIMITED|INFINITE")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
@@ -37,7 +30,23 @@ _OURS = frozenset(
 def slurm_understands(config: Config) -> list[Mistake]:
     """Values that a line of the script, or an argument of srun, can hold."""
     slurm = config.launcher.slurm
-    return [*_lines(slurm), *_times(slurm), *_options(slurm), *_variables(slurm), *_mounts(slurm)]
+    mistakes = [*_lines(slurm), *_times(slurm), *_options(slurm), *_variables(slurm), *_mounts(slurm)]
+    return [*mistakes, *_time_to_save(config)]
+
+
+def _time_to_save(config: Config) -> list[Mistake]:
+    launcher = config.launcher
+    if launcher.name != "slurm" or launcher.preemption_grace_s < launcher.slurm.signal_s:
+        return []
+    return [
+        mistake(
+            "launcher.preemption_grace_s",
+            found=f"{launcher.preemption_grace_s:g}, with {_SECTION}.signal_s {launcher.slurm.signal_s}",
+            rule="Slurm warns a run earlier than it may need to save, in seconds",
+            remedy=f"raise {_SECTION}.signal_s, or lower it",
+            also=(f"{_SECTION}.signal_s",),
+        )
+    ]
 
 
 def _lines(slurm: SlurmConfig) -> list[Mistake]:

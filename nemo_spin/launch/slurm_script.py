@@ -212,7 +212,10 @@ def _continuation(places: Places) -> str:
 
 
 def _ending(*, requeue: bool, chain: bool) -> str:
-    lines = [f"if [[ $code -eq {PREEMPTED} && $told != cancelled ]]; then"]
+    # Warned while it started, before it could listen, a run dies of the warning.
+    lines = [
+        f"if [[ $told != cancelled && ($code -eq {PREEMPTED} || ($told == limit && $code -ne 0)) ]]; then"
+    ]
     if requeue:
         lines.append('    scontrol requeue "$job" && sleep 60 # it ends this script')
     lines += [f"    exit {PREEMPTED}", "fi"]

@@ -39,6 +39,12 @@ def test_what_it_does_not_is_refused(override: str, rule: str) -> None:
     assert rule in refused(override)
 
 
+def test_slurm_warns_earlier_than_a_run_needs_to_save() -> None:
+    given = ("launcher.name=slurm", "launcher.preemption_grace_s=120")
+    accepted(*given, "launcher.slurm.signal_s=121")
+    assert "120, with launcher.slurm.signal_s 120" in refused(*given, "launcher.slurm.signal_s=120")
+
+
 def test_a_mount_is_one_mount() -> None:
     image = "launcher.slurm.container_image=i"
     for mount in ("/a:/b,/c:/d", "/a", "/a:/b:ro:x"):

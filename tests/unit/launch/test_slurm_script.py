@@ -36,7 +36,8 @@ if name == "python":
         record.write(json.dumps([os.getcwd(), os.environ.get("VARIABLE")]))
     if os.environ.get("WAITS"):
         import signal
-        signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+        if not os.environ.get("DIES"):
+            signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
         open(os.environ["WAITS"], "w").close()
         time.sleep(60)
@@ -224,6 +225,18 @@ def test_a_warning_goes_on_and_a_cancellation_does_not(
     assert process.returncode == 75
     assert [call[0] for call in machine.calls()][2:] == called[: len(machine.calls()) - 2]
     assert machine.calls()[2][0] == called[0]
+
+
+def test_a_run_that_dies_of_the_warning_goes_on_as_well(machine: Machine) -> None:
+    started = machine.directory / "started"
+    process = machine.start(configured(), WAITS=str(started), DIES="1")
+    while not started.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert [call[0] for call in machine.calls()][2:] == ["scontrol", "sleep"]
 
 
 def test_an_array_has_a_run_for_each_number(machine: Machine) -> None:
