@@ -135,7 +135,7 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
     with _explained(path):
         loaded = dist_checkpointing.load(state, str(path))
         for key, module in _modules(engine).items():
-            load_model_state(module, loaded[key])
+            load_model_state(module, loaded.get(key, {}))  # nothing, of a frozen chunk without layers
         if engine.optimizer is not None:
             take_loaded(engine.optimizer, updates=loaded[_UPDATES])
     common: dict[str, Any] = loaded.get("common", {})  # Megatron's own have none

@@ -11,7 +11,7 @@ import torch
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch import nn
 
-from nemo_spin.megatron.lora import all_adapters
+from nemo_spin.megatron.lora import all_adapters, is_adapter
 
 
 def _named(module: nn.Module) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def _named(module: nn.Module) -> dict[str, Any]:
 
 def model_state(module: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     """The sharded state of a model chunk, unwrapped. All ranks must call."""
-    if not has_adapters(module):
+    if not is_frozen(module):
         state: dict[str, Any] = module.sharded_state_dict(metadata=metadata)
         return state
     return {
@@ -40,13 +40,15 @@ def model_state(module: Any, metadata: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def load_model_state(module: Any, loaded: dict[str, Any]) -> None:
     """Takes what `model_state` described and a checkpoint held."""
-    if not has_adapters(module):
+    if not is_frozen(module):
         module.load_state_dict(loaded)
         return
     for name, parameter in _named(module).items():
         parameter.copy_(loaded[name])
 
 
-def has_adapters(module: nn.Module) -> bool:
-    """Whether a model chunk has adapters."""
-    return any(True for _ in all_adapters([module]))
+def is_frozen(module: nn.Module) -> bool:
+    """Whether the base of a model is frozen: so it is in a chunk too that has no layer, and no adapter."""
+    return not any(
+        parameter.requires_grad for name, parameter in module.named_parameters() if not is_adapter(name)
+    )

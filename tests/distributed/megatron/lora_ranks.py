@@ -150,11 +150,13 @@ def masks(model_dir: Path, table: pa.Table, layout: Layout) -> list[list[Any]]:
     return gathered
 
 
-def save_half_way(model_dir: Path, directory: Path, table: pa.Table, layout: Layout) -> list[float]:
+def save_half_way(
+    model_dir: Path, directory: Path, table: pa.Table, layout: Layout, model: dict[str, Any]
+) -> list[float]:
     """Four steps, a checkpoint, four more."""
     from nemo_spin.megatron.checkpoint import save_checkpoint
 
-    engine, _, _ = lora_engine(model_dir, layout, {})
+    engine, _, _ = lora_engine(model_dir, layout, {}, **model)
     losses = _steps(engine, table, 4)
     save_checkpoint(engine, directory, step=4, common={"answer": 42}, keep=1)
     return losses + _steps(engine, table, 4)

@@ -18,6 +18,7 @@ from tests.distributed.megatron.test_engine import BETA
 
 NUM_ROWS = 7
 ENDS_ALONE = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+Placed = tuple[lora_ranks.Layout, dict[str, Any]]
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -175,11 +176,25 @@ def test_dropout_draws_alike_where_inputs_are_alike(llama: Path, table: Any, seq
     assert len({str(mask) for mask in first[:8]}) == 8, "no two linears share a mask"
 
 
+SAVED_AND_LOADED: list[tuple[Placed, list[Placed]]] = [
+    (
+        ((2, 2, 1, True), {}),
+        [
+            ((1, 1, 1, False), {}),
+            ((2, 1, 2, False), {"use_distributed_optimizer": True}),
+            ((1, 2, 1, False), {}),
+        ],
+    ),
+    (((1, 4, 1, False), ENDS_ALONE), [((1, 4, 1, False), ENDS_ALONE), ((1, 1, 1, False), {})]),
+]
+
+
+@pytest.mark.parametrize(("saved_at", "others"), SAVED_AND_LOADED, ids=["split", "stages-without-layers"])
 def test_a_checkpoint_holds_adapters_alone_and_continues_at_any_other_layout(
-    llama: Path, table: Any, tmp_path: Path
+    llama: Path, table: Any, tmp_path: Path, saved_at: Placed, others: list[Placed]
 ) -> None:
     directory = tmp_path / "checkpoints"
-    uninterrupted = run_ranks(lora_ranks.save_half_way, 4, llama, directory, table, (2, 2, 1, True))
+    uninterrupted = run_ranks(lora_ranks.save_half_way, 4, llama, directory, table, *saved_at)
     assert len(set(uninterrupted)) == 8
     (path,) = directory.iterdir()
     tensors = FileSystemReader(path).read_metadata().state_dict_metadata
@@ -189,8 +204,7 @@ def test_a_checkpoint_holds_adapters_alone_and_continues_at_any_other_layout(
     assert {name for name in tensors if not name.startswith(besides)} == adapters
     states = {name.removeprefix("optimizer.state.square_avg.") for name in tensors} - adapters
     assert not any("adapters" not in name for name in states if "optimizer.state" in name), states
-    sharded = {"use_distributed_optimizer": True}
-    for layout, model in [((1, 1, 1, False), {}), ((2, 1, 2, False), sharded), ((1, 2, 1, False), {})]:
+    for layout, model in others:
         losses = run_ranks(lora_ranks.go_on, ranks(layout), llama, directory, table, layout, model)
         assert losses == pytest.approx(uninterrupted[4:], rel=1e-5), layout
 
