@@ -96,6 +96,7 @@ def state(runs: Runs, number: str) -> tuple[str, str]:
     return job["JobState"], job["Restarts"]
 
 
+@pytest.mark.slow  # as a real run in `test_runs.py`
 def test_a_warned_job_goes_back_into_the_queue_and_at_its_end_no_other_waits(runs: Runs) -> None:
     number = runs.submit()
     runs.wait(lambda: len(runs.starts()) == 1 and len(runs.jobs()) == 2)
