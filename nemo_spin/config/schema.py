@@ -301,6 +301,10 @@ class LauncherConfig:
 
     name: str = "local"  # local | slurm (inside an allocation) | external (torchrun, mpirun, srun)
     timeout_s: float = 86400.0  # a stage's processes are ended after it
+    collective_timeout_s: float = 1800.0  # for a rank to enter a phase, or a collective, that others entered
+    hang_timeout_s: float = 600.0  # ranks are ended when one gives no sign of life for so long
+    attempts: int = 3  # of a stage that fails by what may pass: a killed process, a rank that hangs
+    backoff_s: float = 10.0  # before the second attempt; doubled for each further one
     preemption_grace_s: float = 60.0  # for a training to save on SIGTERM or SIGUSR1; after it, it is killed
     omp_num_threads: int | None = None  # per rank; null: cores divided by ranks on CPU
     join_timeout_s: float = 600.0  # slurm, external: for all ranks to come together

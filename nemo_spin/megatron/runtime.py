@@ -7,13 +7,14 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import distributed
 
-from nemo_spin.errors import ConfigError, explain
+from nemo_spin.errors import ConfigError, StageError, explain
+from nemo_spin.megatron.phases import Phases
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Runtime:
         cp_group: Context-parallel process group.
         dp_group: Data-parallel process group; one rank of each replica.
         ep_size: Ranks that share the experts of a layer.
+        phases: Where all ranks meet at the beginning of each part of a stage.
     """
 
     device: torch.device
@@ -49,6 +51,7 @@ class Runtime:
     cp_group: Any
     dp_group: Any
     ep_size: int = 1
+    phases: Phases | None = None
 
     @property
     def is_first_rank(self) -> bool:
@@ -87,6 +90,7 @@ def initialize(
 
     Raises:
         ConfigError: The number of ranks is not divisible by the model-parallel size.
+        StageError: Some ranks did not come in time.
     """
     has_gpu = torch.cuda.is_available()
     if not has_gpu:
@@ -108,9 +112,10 @@ def initialize(
         )
     if has_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    phases = None
     if not distributed.is_initialized():
-        _init_process_group(has_gpu=has_gpu, rank=rank, world_size=world_size, timeout_s=timeout_s)
-    return _initialize_model_parallel(
+        phases = _init_process_group(has_gpu=has_gpu, rank=rank, world_size=world_size, timeout_s=timeout_s)
+    runtime = _initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
@@ -119,20 +124,45 @@ def initialize(
         seed=seed,
         timeout_s=timeout_s,
     )
+    return replace(runtime, phases=phases)
 
 
-def _init_process_group(*, has_gpu: bool, rank: int, world_size: int, timeout_s: float) -> None:
+def _init_process_group(*, has_gpu: bool, rank: int, world_size: int, timeout_s: float) -> Phases:
     timeout = datetime.timedelta(seconds=timeout_s)
-    if world_size == 1 and "MASTER_PORT" not in os.environ:
-        untyped: Any = distributed  # its stores have types in some builds of torch only
-        store = untyped.HashStore()
-        distributed.init_process_group(
-            "nccl" if has_gpu else "gloo", store=store, rank=0, world_size=1, timeout=timeout
-        )
-        return
+    store = _store(rank, world_size, timeout)
+    phases = Phases(store, rank=rank, world_size=world_size, timeout_s=timeout_s)
+    phases.enter("joining the process groups")  # which would not say who is missing
     distributed.init_process_group(
-        "nccl" if has_gpu else "gloo", rank=rank, world_size=world_size, timeout=timeout
+        "nccl" if has_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
     )
+    return phases
+
+
+def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Any:
+    """The key-value store by which ranks find each other; rank 0 has it, or torchrun's agent."""
+    untyped: Any = distributed  # its stores have types in some builds of torch only
+    if world_size == 1 and "MASTER_PORT" not in os.environ:
+        return untyped.HashStore()
+    agent_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        return untyped.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            world_size,
+            is_master=rank == 0 and not agent_has_it,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        raise StageError(
+            explain(
+                f"joining the process groups on rank {rank}",
+                found=f"rank 0 does not answer at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT "
+                f"{os.environ['MASTER_PORT']} ({type(error).__name__}: {str(error).splitlines()[0][:200]})",
+                rule="rank 0 is there within launcher.collective_timeout_s, and can be reached",
+                remedy="look at its log, and at what lies between the machines",
+            )
+        ) from error
 
 
 def _initialize_model_parallel(

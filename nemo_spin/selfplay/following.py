@@ -13,6 +13,7 @@ from nemo_spin.data.progress import Progress
 from nemo_spin.errors import PREEMPTED, NemoSpinError, PreemptedError, StageError, error_from_name, explain
 from nemo_spin.selfplay.launcher import RunningJob
 from nemo_spin.selfplay.signals import undisturbed
+from nemo_spin.selfplay.watchdog import Watchdog
 
 _POLL_S = 0.1
 _GRACE_S = 15.0  # for the other ranks to end after one reported an error
@@ -73,6 +74,7 @@ def follow(
     timeout_s: float,
     interrupt: Callable[[], None] | None = None,
     grace_s: float = 0.0,
+    watchdog: Watchdog | None = None,
 ) -> None:
     """Returns when the job has ended well; ends it in every other case.
 
@@ -84,6 +86,7 @@ def follow(
         timeout_s: Seconds after which they are ended.
         interrupt: Asks the processes to save and end; None where they have nothing to save.
         grace_s: Seconds they have for it, when this command is told to stop.
+        watchdog: Looks for ranks that hang; None: nobody does.
 
     Raises:
         PreemptedError: They were told to leave, and have saved what they had.
@@ -98,6 +101,8 @@ def follow(
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
             if time.monotonic() > deadline:
                 break
+            if watchdog is not None and reader.error is None:
+                watchdog.check()
             time.sleep(_POLL_S)
         reader.pump(progress)
     except SystemExit:
@@ -119,11 +124,12 @@ def follow(
         raise reader.error
     if code in _TOLD_TO_LEAVE:
         raise PreemptedError(f"{name} was told to leave; the same command goes on from what is saved")
+    where = "" if watchdog is None else f" ({watchdog.phases()})"
     if code is None:
         raise StageError(
             explain(
                 name,
-                found=f"was not done after {timeout_s:.0f} s, and was ended\n{job.describe_failure()}",
+                found=f"was not done after {timeout_s:.0f} s, and was ended{where}\n{job.describe_failure()}",
                 rule="a stage ends within launcher.timeout_s",
                 remedy="look at its log; raise launcher.timeout_s if it only needs longer; "
                 "the same command goes on where it was",
@@ -133,7 +139,7 @@ def follow(
         raise StageError(
             explain(
                 name,
-                found=f"ended with exit code {code}\n{job.describe_failure()}",
+                found=f"ended with exit code {code}{where}\n{job.describe_failure()}",
                 rule="a stage's processes end with exit code 0",
                 remedy="look at the log; the same command goes on where it was",
             )

@@ -19,6 +19,7 @@ from nemo_spin.config.schema import Config
 from nemo_spin.data.files import Manifest, remove_partials, write_text
 from nemo_spin.errors import ConfigError, GuardError, NemoSpinError, PreemptedError, explain
 from nemo_spin.selfplay import state as states
+from nemo_spin.selfplay.faults import worth_another_try
 from nemo_spin.selfplay.guarding import after_failure, described, error_of, findings_of, record
 from nemo_spin.selfplay.inputs import config_differences
 from nemo_spin.selfplay.keep import Candidate, keep_model
@@ -201,6 +202,39 @@ class Session:
             stage.publish(done)
             self.state.found_done(stage.name, stage.iteration)
             return False
+        manifest = self._do_in_attempts(stage)
+        self.has_run = True
+        findings = findings_of(stage, manifest)
+        record(stage, findings)
+        for finding in findings:
+            if finding.step is None:  # those of steps were shown while it trained
+                self._screen.note(described(finding))
+        self.refresh_report()
+        return True
+
+    def _do_in_attempts(self, stage: Stage) -> Manifest:
+        """Runs a stage; again, after a while, where it failed by something that may pass.
+
+        Raises:
+            NemoSpinError: It failed, `launcher.attempts` times or for good.
+        """
+        launcher = self.context.config.launcher
+        for attempt in range(1, launcher.attempts + 1):
+            try:
+                return self._attempt(stage)
+            except Exception as error:
+                what = worth_another_try(error)
+                if what is None or attempt == launcher.attempts:
+                    raise
+                wait_s = launcher.backoff_s * 2.0 ** (attempt - 1)
+                self._screen.note(
+                    f"{stage.label} failed ({what}): attempt {attempt + 1} of {launcher.attempts} "
+                    f"in {wait_s:g} s\n{error}"
+                )
+                time.sleep(wait_s)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _attempt(self, stage: Stage) -> Manifest:
         inputs = stage.inputs()
         self.state.started(stage.name, stage.iteration)
         with self._screen.stage(stage.label):
@@ -219,14 +253,7 @@ class Session:
             stage.publish(manifest)
             self.state.ended(states.DONE)
             self._screen.result(stage.describe(manifest))
-        self.has_run = True
-        findings = findings_of(stage, manifest)
-        record(stage, findings)
-        for finding in findings:
-            if finding.step is None:  # those of steps were shown while it trained
-                self._screen.note(described(finding))
-        self.refresh_report()
-        return True
+        return manifest
 
     def stop_at_guards(self, stage: Stage) -> None:
         """Ends the loop where a guard over a finished stage says so, also one found done.

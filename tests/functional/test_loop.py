@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -81,6 +82,14 @@ def descendants(pid: int) -> list[tuple[int, int]]:
     for parent in found:  # grows while it is walked over
         found += [child for child, (its_parent, _) in parents.items() if its_parent == parent]
     return [(child, parents[child][1]) for child in found[1:]]
+
+
+def commandline(pid: int) -> bytes:
+    """The words a process was started with."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def is_running(process: tuple[int, int]) -> bool:
@@ -269,6 +278,27 @@ def test_a_second_command_is_refused(config: Path, finished: Path, tmp_path: Pat
     finally:
         command.terminate()
         command.communicate(timeout=30)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_ended_and_the_stage_done_again(
+    config: Path, finished: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir, symlinks=True)
+    shutil.rmtree(run_dir / "iter_00" / "scored")
+    settings = ["launcher.hang_timeout_s=20", "launcher.backoff_s=0.5"]
+    command = start("score", "--config", str(config), f"run_dir={run_dir}", *settings)
+    alive = run_dir / "iter_00" / "logs" / "score.progress.jsonl.rank-00000.alive"
+    wait_for(lambda: alive.exists() and "loading" in alive.read_text(), 120, "the rank loads its model")
+    ranks = [pid for pid, _ in descendants(command.pid) if b"launch.rank" in commandline(pid)]
+    os.kill(ranks[0], signal.SIGSTOP)
+    out, errors = command.communicate(timeout=300)
+    assert command.returncode == 0, out + errors
+    assert 'rank 0 in "loading the opponent" gave no sign of life for 20 s' in out
+    assert "score of iteration 0 failed (ranks hung): attempt 2 of 3 in 0.5 s" in out
+    assert hashes(run_dir) == hashes(finished)
+    assert json.loads((run_dir / "state.json").read_text())["stages"]["iter_00/score"]["attempts"] == 3
 
 
 def test_fine_tuning_gives_a_model_to_start_from(config: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.engine import Engine, layout_of
 from nemo_spin.megatron.provider import build_model
 from nemo_spin.megatron.runtime import Runtime
+from nemo_spin.selfplay.heartbeat import Heartbeat
 from nemo_spin.selfplay.run_directory import IterationDirectory, RunDirectory
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
@@ -34,6 +35,7 @@ class StageContext:
         progress: Followed by the command on the user's terminal; silent on other ranks.
         inputs: What the parent says the stage's result depends on, for its manifest.
         started: `time.monotonic()` when this process began.
+        heartbeat: Shows in which phase this rank is; None: nobody looks.
     """
 
     config: Config
@@ -43,6 +45,18 @@ class StageContext:
     progress: Progress
     inputs: dict[str, Any]
     started: float = field(default_factory=time.monotonic)
+    heartbeat: Heartbeat | None = None
+
+    def phase(self, name: str) -> None:
+        """A part of the stage begins. All ranks must call, and leave together.
+
+        Raises:
+            StageError: Some ranks did not come in time.
+        """
+        if self.heartbeat is not None:
+            self.heartbeat.phase(name)
+        if self.runtime.phases is not None:
+            self.runtime.phases.enter(name)
 
     @property
     def here(self) -> IterationDirectory:

@@ -37,6 +37,7 @@ def export(context: StageContext) -> None:
                 remedy="run train of this iteration first",
             )
         )
+    context.phase("loading the checkpoint")
     if context.config.model.lora.rank is None:
         engine, architecture = context.build_engine(here.opponent)
         load_checkpoint(engine, checkpoint)
@@ -44,6 +45,7 @@ def export(context: StageContext) -> None:
         engine, architecture = merged_engine(context, checkpoint)
     round_to_stored(engine.chunks, source_dtype(here.opponent, architecture))
     record_canary(context, engine)
+    context.phase("writing the model")
     export_weights(
         engine.chunks,
         architecture=architecture,
@@ -54,6 +56,7 @@ def export(context: StageContext) -> None:
         extra={"inputs": context.inputs, "iteration": context.iteration, **training_facts(context)},
     )
     if context.config.spin.gates.export:
+        context.phase("reading it back")
         verify_export(engine.chunks, here.model, architecture)
 
 

@@ -40,6 +40,7 @@ def score(context: StageContext) -> None:
     Raises:
         GateError: The sampler drew from another model than the one that is trained.
     """
+    context.phase("loading the opponent")
     engine, architecture = context.build_engine(
         context.here.opponent,
         lambda chunks, architecture: load_weights(chunks, context.here.opponent, architecture),
@@ -47,6 +48,7 @@ def score(context: StageContext) -> None:
     scored, based = sources(context), base_sources(context)
     _start(context)
     gate, metrics = SamplerGate(context), ScoreMetrics(context, engine, architecture)
+    context.phase("scoring")
     metrics.begin()
     total = sum(source.num_rows for source in [*scored, *based])
     done = 0
@@ -62,6 +64,7 @@ def score(context: StageContext) -> None:
         if source in scored:
             gate.add(pq.read_table(target, partitioning=None))
         context.progress.update(done, total, "pair")
+    context.phase("closing")
     gate.check()
     with first_rank_writes(context.runtime) as writes:
         if writes:

@@ -114,6 +114,7 @@ def _fit(context: StageContext, *, objective: str) -> None:
         exp_manager=loggers,
         nemo_path=here.train / "policy.nemo" if at_the_end["save_nemo_on_train_end"] else None,
     )
+    context.phase("training")
     last = fit(
         job,
         runtime=context.runtime,
@@ -123,6 +124,7 @@ def _fit(context: StageContext, *, objective: str) -> None:
         started=context.started,
         watch=TrainingWatch(config, "train" if self_play else "sft", context.progress.note),
     )
+    context.phase("closing")
     with first_rank_writes(context.runtime) as writes:
         if writes:
             files = [str(path.relative_to(here.train)) for path in last.rglob("*") if path.is_file()]

@@ -22,6 +22,7 @@ from nemo_spin.selfplay.launcher import Job, Launcher, RunningJob
 from nemo_spin.selfplay.run_directory import IterationDirectory, RunDirectory
 from nemo_spin.selfplay.storage import full_disk_error
 from nemo_spin.selfplay.verified import Verified
+from nemo_spin.selfplay.watchdog import Watchdog
 
 WORKER = "nemo_spin.selfplay.worker"
 INPUTS_NAME = "inputs.json"
@@ -181,9 +182,15 @@ class Stage(abc.ABC):
             timeout_s=config.launcher.timeout_s,
         )
         self.context.keeper.make_room()
+        watchdog = Watchdog(
+            self.label,
+            progress_path=self.progress_path,
+            ranks=ranks,
+            silent_s=config.launcher.hang_timeout_s,
+        )
         started = self.context.launcher.start(job)
         leave = started.interrupt if self.saves_when_told_to_leave else None
-        self.follow(started, progress, interrupt=leave)
+        self.follow(started, progress, interrupt=leave, watchdog=watchdog)
 
     def follow(
         self,
@@ -192,6 +199,7 @@ class Stage(abc.ABC):
         *,
         interrupt: Callable[[], None] | None = None,
         progress_path: Path | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         """Waits for the stage's processes.
 
@@ -200,6 +208,7 @@ class Stage(abc.ABC):
             progress: Gets what they report.
             interrupt: Asks them to save and end; None where they have nothing to save.
             progress_path: Where they report it; None: where the stage's processes do.
+            watchdog: Looks for ranks that hang; None: nobody does.
 
         Raises:
             NemoSpinError: They failed.
@@ -213,6 +222,7 @@ class Stage(abc.ABC):
                 timeout_s=self.context.config.launcher.timeout_s,
                 interrupt=interrupt,
                 grace_s=self.context.config.launcher.preemption_grace_s,
+                watchdog=watchdog,
             )
         except (StageError, GenerationError, CheckpointError) as error:
             full = full_disk_error(self.context.run.path, str(error))

@@ -170,11 +170,11 @@ def test_each_sampler_is_kept_for_the_next_stage(bench: Bench) -> None:
 
 @pytest.mark.slow
 def test_a_thousand_shards_over_eight_samplers_with_a_kill_every_second(
-    bench: Bench, record_property: Callable[[str, object], None]
+    bench: Bench, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     rows = prepared.rows(4000, seed=3)
     bench.data = prepared.write(bench.root / "many", train=rows, row_group_size=512)
-    order(bench.root, seconds=0.25, seeded=True)
+    order(bench.root, seconds=0.3, seeded=True)
     settings = {"replicas": 8, "shard_rows": 4, "lease_timeout_s": 10.0}
     undisturbed, without_s = bench.run("undisturbed", **settings)
     assert len(undisturbed.files) == 1000
@@ -182,7 +182,7 @@ def test_a_thousand_shards_over_eight_samplers_with_a_kill_every_second(
     assert killed.files == undisturbed.files
     deaths = killed.notes["engine"]["deaths"]
     for name, value in (("deaths", deaths), ("undisturbed_s", without_s), ("disturbed_s", with_s)):
-        record_property(name, value)  # in --junit-xml
+        record_testsuite_property(name, value)  # in --junit-xml
     assert deaths >= 0.7 * with_s
     assert with_s <= 1.5 * without_s
 

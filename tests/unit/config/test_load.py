@@ -183,7 +183,10 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(override: str, key: 
 
 def test_an_unknown_key_like_none_lists_those_there_are() -> None:
     message = mistakes("launcher.zzz=1")
-    assert "the keys of `launcher` are name, timeout_s, preemption_grace_s, omp_num_threads" in message
+    assert (
+        "the keys of `launcher` are name, timeout_s, collective_timeout_s, hang_timeout_s, attempts"
+        in message
+    )
 
 
 def test_unknown_keys_in_files_and_groups_are_found(tmp_path: Path) -> None:

@@ -1,0 +1,146 @@
+"""What is tried again, and what is not: messages as the libraries and this package word them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_spin.config.schema import Config
+from nemo_spin.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    GateError,
+    GenerationError,
+    GuardError,
+    PreemptedError,
+    StageError,
+)
+from nemo_spin.selfplay import loop
+from nemo_spin.selfplay.faults import FAULTS, worth_another_try
+from nemo_spin.selfplay.run_directory import RunDirectory
+from nemo_spin.selfplay.state import read_state
+from nemo_spin.selfplay.storage import storage_error
+from tests.unit.selfplay.conftest import StandIns
+
+KILLED = "train of iteration 0: rank 1 was killed by SIGKILL (often: the machine ran out of memory)"
+RETRIED = [
+    KILLED,
+    "rank 1 on node2: Killed (often: the machine ran out of memory)",
+    "torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:3, unhandled system error, "
+    "NCCL version 2.27\n ncclSystemError: System call (e.g. socket, malloc) failed",
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely",
+    "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9) ran for 600000 ms",
+    "RuntimeError: [pair.cc:534] Connection closed by peer [127.0.0.1]:3345",
+    "RuntimeError: [unbound_buffer.cc:84] Timed out waiting 1800000ms for recv operation to complete",
+    "torch.distributed.DistNetworkError: The client socket has failed to connect",
+    'score of iteration 1: rank 3 in "scoring" gave no sign of life for 600 s',
+    'phase "training" on rank 0: rank 2 did not reach the phase in 1800 s',
+    "OSError: [Errno 5] Input/output error: 'step-5/weights.distcp'",
+    "OSError: [Errno 116] Stale file handle",
+    "generation: the sampler's process (at shard a.parquet): was ended by SIGKILL without saying why",
+    "generation: answering a.parquet: not done after 3600 s; the sampler was ended",
+]
+STOPPED = [
+    "ValueError: a defect of this package",
+    "ncclInvalidUsage: This usually reflects invalid usage of NCCL library",
+    "ncclInternalError: Internal check failed. Connection closed by peer",
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB\n Connection closed by peer",
+    "CUDA error: uncorrectable ECC error encountered",
+    "OSError: [Errno 28] No space left on device\n rank 0 was killed by SIGKILL",
+    "PermissionError: [Errno 13] Permission denied",
+    "it was not done after 86400 s, and was ended",
+]
+
+
+@pytest.mark.parametrize("text", RETRIED)
+def test_what_may_pass_is_tried_again(text: str) -> None:
+    assert worth_another_try(StageError(text))
+
+
+@pytest.mark.parametrize("text", STOPPED)
+def test_what_would_fail_again_stops(text: str) -> None:
+    assert worth_another_try(StageError(text)) is None
+
+
+def test_the_kind_of_an_error_counts_before_its_words() -> None:
+    for kind in (ConfigError, GateError, GuardError, CheckpointError, PreemptedError, RuntimeError):
+        assert worth_another_try(kind(KILLED)) is None
+    for kind in (DataError, GenerationError, StageError, OSError):
+        assert worth_another_try(kind(KILLED))
+
+
+@pytest.mark.parametrize(
+    ("number", "retried"),
+    [
+        (errno.EIO, True),
+        (errno.ESTALE, True),
+        (errno.ETIMEDOUT, True),
+        (errno.ESHUTDOWN, True),
+        (errno.ENOSPC, False),
+        (errno.EDQUOT, False),
+        (errno.EROFS, False),
+        (errno.EACCES, False),
+    ],
+)
+def test_storage_by_what_the_system_said(number: int, retried: bool) -> None:
+    error = OSError(number, os.strerror(number), "/run/file")
+    for kind in (error, storage_error(Path("/run"), error)):
+        assert bool(worth_another_try(kind)) is retried
+
+
+def test_every_fault_has_a_source_and_those_that_stop_come_first() -> None:
+    assert all(fault.source and fault.what for fault in FAULTS)
+    first_retry = next(index for index, fault in enumerate(FAULTS) if fault.retry)
+    assert not any(fault.retry for fault in FAULTS[:first_retry])
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_stage_is_attempted_again_after_longer_and_longer_waits(
+    run: Callable[[Config], str],
+    make_config: Callable[..., Config],
+    stand_ins: StandIns,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    *,
+    failures: int,
+) -> None:
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == failures:
+            stand_ins.fail_in = None  # it has passed
+
+    monkeypatch.setattr(loop.time, "sleep", wait)
+    stand_ins.fail_in, stand_ins.error = "score of iteration 0", StageError(KILLED)
+    config = make_config(launcher={"attempts": 3, "backoff_s": 7.0}, spin={"iterations": 1, "lr": 1e-4})
+    if failures == 3:
+        with pytest.raises(StageError, match="killed by SIGKILL"):
+            run(config)
+        assert waits == [7.0, 14.0]
+        return
+    screen = run(config)
+    assert waits == [7.0, 14.0][:failures]
+    assert "score of iteration 0 failed (a process was killed): attempt 2 of 3 in 7 s" in screen
+    assert stand_ins.started.count("score of iteration 0") == failures + 1
+    state = read_state(RunDirectory(tmp_path / "run").state_path)
+    assert state is not None
+    assert state.stages["iter_00/score"].attempts == failures + 1
+    assert {entry.status for entry in state.stages.values()} == {"done"}
+
+
+def test_a_defect_is_not_attempted_again(
+    run: Callable[[Config], str], make_config: Callable[..., Config], stand_ins: StandIns
+) -> None:
+    stand_ins.fail_in, stand_ins.error = (
+        "score of iteration 0",
+        StageError("exit code 1: ValueError"),
+    )
+    with pytest.raises(StageError):
+        run(make_config())
+    assert stand_ins.started.count("score of iteration 0") == 1
