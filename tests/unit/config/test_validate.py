@@ -30,6 +30,7 @@ FREE = {  # any mapping, or one with rules of its own
     "exp_manager.wandb_logger_kwargs",
     "data.chat_template_kwargs",
     "spin.per_iteration",
+    "evaluation.benchmarks.tasks",
     *(f"launcher.slurm.{name}" for name in ("time", "options", "modules", "environment", "container_mounts")),
 }
 
