@@ -54,56 +54,28 @@ TABLE: Sequence[tuple[Regime, Sequence[Arm]]] = (
             answers(4),
             fine_tuning("3 iterations, 4 answers per prompt"),
             fine_tuning("3 iterations, 4 answers per prompt", "3e-4"),
+            fine_tuning("3 iterations, 4 answers per prompt", "1e-3"),
         ),
     ),
 )
 
-# A regime; arms of self-play by what differs from the quickstart; the one that fine-tuning goes on
-# for as long as, and its learning rates.
-_SOME = ("spin.beta=1.0", "spin.beta=0.1", "spin.beta=0.3 spin.lr=3e-4", "spin.beta=10.0")
+# Self-play by what differs from the quickstart, two iterations each.
+_ONE = ("spin.beta=1.0", "spin.beta=0.1", "spin.beta=0.3 spin.lr=3e-4", "spin.beta=10.0")
 _FOUR = "generation.num_generations=4"
-_SEARCH: Sequence[tuple[Regime, Sequence[str], str, Sequence[str]]] = (
+
+
+def _tried(*differences: str) -> list[Arm]:
+    arms = [Arm(each, overrides=("spin.iterations=2", *each.split())) for each in differences]
+    return [Arm("theta_0", START), *arms]
+
+
+SEARCH: Sequence[tuple[Regime, Sequence[Arm]]] = (
+    (QUICKSTART, _tried(*_ONE)),
     (
         WRONG,
-        (*_SOME, "spin.beta=0.3", _FOUR, f"{_FOUR} spin.beta=0.3", f"{_FOUR} spin.lr=3e-4"),
-        _FOUR,
-        ("1e-4", "3e-4"),
-    ),
-    (
-        QUICKSTART,
         (
-            *_SOME,
-            _FOUR,
-            f"{_FOUR} spin.lr=3e-4",
-            "spin.lr=3e-4",
-            "spin.lr=3e-5",
-            "spin.loss=hinge",
-            "spin.loss=ipo",
-            "spin.sft_weight=1.0",
+            *_tried(*_ONE, "spin.beta=0.3", _FOUR, f"{_FOUR} spin.beta=0.3"),
+            *(fine_tuning(_FOUR, lr) for lr in ("1e-4", "3e-4", "1e-3")),
         ),
-        _FOUR,
-        ("1e-4", "3e-4"),
     ),
-    (
-        Regime("128 demonstrations", 128, sft=("sft.epochs=16",)),
-        ("spin.epochs=8", "spin.epochs=8 spin.beta=0.1", f"spin.epochs=8 {_FOUR}"),
-        f"spin.epochs=8 {_FOUR}",
-        ("1e-4", "3e-4"),
-    ),
-    (
-        Regime("theta_0 of 10 epochs", sft=("sft.epochs=10", "sft.lr=1e-4")),
-        ("spin.beta=1.0", "spin.beta=0.1", _FOUR),
-        _FOUR,
-        ("1e-4",),
-    ),
-)
-
-
-def _search_arms(differences: Sequence[str], longest: str, rates: Sequence[str]) -> list[Arm]:
-    self_play = [Arm(each, overrides=("spin.iterations=2", *each.split())) for each in differences]
-    return [Arm("theta_0", START), *self_play, *(fine_tuning(longest, lr) for lr in rates)]
-
-
-SEARCH: Sequence[tuple[Regime, Sequence[Arm]]] = tuple(
-    (regime, _search_arms(differences, longest, rates)) for regime, differences, longest, rates in _SEARCH
 )

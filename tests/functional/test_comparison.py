@@ -19,7 +19,7 @@ import torch
 
 from examples.comparison import player, training
 from examples.comparison.arms import kind_of, run_arms
-from examples.comparison.plan import TABLE
+from examples.comparison.plan import SEARCH, TABLE
 from examples.comparison.table import tables
 from examples.comparison.world import SMALL, SMALL_OVERRIDES, make_base, world
 from nemo_spin.data.datasets import REAL_ONLY, Units
@@ -27,6 +27,7 @@ from nemo_spin.objective.objective import build_objective
 from tests.distributed import reference
 
 ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "comparison"
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +179,30 @@ def test_exact_matches_are_chances_of_the_one_right_answer(model_dir: Path) -> N
 )
 def test_kinds_of_answers(text: str, kind: str) -> None:
     assert kind_of("a b c", text) == kind
+
+
+@pytest.mark.parametrize(("name", "plan"), [("table", TABLE), ("search", SEARCH)])
+def test_the_readme_shows_the_results_that_lie_beside_it(name: str, plan: Any) -> None:
+    rows = json.loads((EXAMPLE / "results" / f"{name}.json").read_text())["rows"]
+    wanted = {(regime.name, arm.name) for regime, arms in plan for arm in arms}
+    assert wanted == {(row["regime"], row["arm"]) for row in rows}
+    readme = (EXAMPLE / "README.md").read_text()
+    for line in tables(rows, failures=name == "table").splitlines():
+        assert line in readme, line
+
+
+def test_the_main_readme_s_rows_are_those_results() -> None:
+    rows = json.loads((EXAMPLE / "results" / "table.json").read_text())["rows"]
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("### Self-play beside fine-tuning")[2].partition("## How it works")[0]
+    lines = [line.split("|")[2:-1] for line in section.splitlines() if line.startswith("|")][2:]
+    assert len(lines) == 10
+    steps_of = {}
+    for regime, arm, last in dict.fromkeys((row["regime"], row["arm"], row["iteration"]) for row in rows):
+        same = [row for row in rows if (row["regime"], row["arm"], row["iteration"]) == (regime, arm, last)]
+        values = [[row["sampled"]["1.0"], row["sampled"]["0.5"], row["greedy"]] for row in same]
+        assert len(same) == 3
+        means = [f"{sum(column) / 3:.3f}" for column in zip(*values, strict=True)]
+        steps_of[f"{sum(row['steps'] for row in same) / 3:.0f}", *means] = arm
+    for line in lines:
+        assert tuple(cell.strip() for cell in line) in steps_of

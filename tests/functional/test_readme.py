@@ -20,6 +20,7 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 ELSEWHERE = {
     "bash examples/quickstart.sh": "test_quickstart.py",
     "bash tests/run.sh": "it runs this test",
+    "python -m examples.comparison": "test_comparison.py",
     "source .venv/bin/activate": "the tests run in that environment",
     "docker build --target cpu --build-arg PIP_EXTRA_INDEX_URL --tag nemo-spin:cpu .": "test_dockerfile.py",
     "docker build --tag nemo-spin .": "no engine runs here: test_dockerfile.py reads the instructions",
