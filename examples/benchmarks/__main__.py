@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from types import ModuleType
 
-from examples.benchmarks import head, packing, preparation, refresh, streams, training
+from examples.benchmarks import head, packing, preparation, refresh, step_profile, streams, training
 from examples.benchmarks.machine import machine
 
 # Each has SUMMARY, `add_arguments(parser)` and `run(options)`, which prints and returns its results.
@@ -16,6 +16,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "head": head,
     "packing": packing,
     "preparation": preparation,
+    "profile": step_profile,
     "refresh": refresh,
     "streams": streams,
     "training": training,
