@@ -6,7 +6,9 @@ context-parallel size, N heads of this rank, G query groups of this rank, D head
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,9 +100,7 @@ class SegmentAttention(MegatronModule):
         if attention_mask is None:
             context = self._attend(query, key, value)
         else:
-            context = torch.cat(
-                [self._segment(query, key, value, segment) for segment in attention_mask.tolist()], dim=2
-            )
+            context = self._attend_to_segments(query, key, value, attention_mask.tolist())
         return context.permute(2, 0, 1, 3).flatten(2).contiguous()
 
     def _of_all_ranks(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,18 +114,28 @@ class SegmentAttention(MegatronModule):
         keys, values = rows.split([key.shape[-1], value.shape[-1]], dim=-1)
         return keys, values
 
-    def _segment(self, query: Tensor, key: Tensor, value: Tensor, segment: list[int]) -> Tensor:
-        """One run of queries of [B, N, T, D]; segments follow each other without a gap."""
-        first, count, prefix, prefix_count, run, run_count = segment
-        query = query.narrow(2, first, count)
-        own_key, own_value = key.narrow(2, run, run_count), value.narrow(2, run, run_count)
-        if not prefix_count:
-            return self._attend(query, own_key, own_value)
-        return self._attend(
-            query,
-            torch.cat([key.narrow(2, prefix, prefix_count), own_key], dim=2),
-            torch.cat([value.narrow(2, prefix, prefix_count), own_value], dim=2),
-        )
+    def _attend_to_segments(
+        self, query: Tensor, key: Tensor, value: Tensor, segments: list[list[int]]
+    ) -> Tensor:
+        """One run of queries of [B, N, T, D] after the other; they follow each other without a gap.
+
+        Rows are split once, at all the segments' bounds: the gradient of a split is one concatenation,
+        that of a slice for each segment a row of zeros with the segment's values in it.
+        """
+        ranges = [bounds for segment in segments for bounds in (segment[2:4], segment[4:6])]
+        bounds = sorted({0, key.shape[2]}.union(*((start, start + count) for start, count in ranges)))
+        pieces = {bound: number for number, bound in enumerate(bounds)}
+        sizes = [stop - start for start, stop in itertools.pairwise(bounds)]
+        keys, values = key.split(sizes, dim=2), value.split(sizes, dim=2)
+        queries = query.split([segment[1] for segment in segments], dim=2)
+        contexts = []
+        for own, (_, _, prefix, prefix_count, run, run_count) in zip(queries, segments, strict=True):
+            seen = [
+                *range(pieces[prefix], pieces[prefix + prefix_count]),
+                *range(pieces[run], pieces[run + run_count]),
+            ]
+            contexts.append(self._attend(own, _joined(keys, seen), _joined(values, seen)))
+        return torch.cat(contexts, dim=2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal, aligned at the bottom right: the last query sees every key that its window reaches."""
@@ -164,3 +174,10 @@ class SegmentAttention(MegatronModule):
             mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril_()
         scores = (scores.tanh() * cap).masked_fill(~mask, float("-inf"))
         return scores.softmax(dim=-1).to(value.dtype) @ value
+
+
+def _joined(pieces: Sequence[Tensor], chosen: list[int]) -> Tensor:
+    """The chosen pieces of [B, G, T, D], one after the other."""
+    if len(chosen) == 1:
+        return pieces[chosen[0]]
+    return torch.cat([pieces[number] for number in chosen], dim=2)

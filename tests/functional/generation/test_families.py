@@ -52,8 +52,11 @@ def test_no_family_is_forgotten() -> None:
 
 
 def _with_decoys(directory: Path) -> Path:
-    """Files that vLLM would prefer, or fall back to, if it were free to choose what it loads."""
-    for name in ("consolidated.safetensors", "params.json", "pytorch_model.bin", "model.pt"):
+    """Files that vLLM would prefer, or fall back to, if it were free to choose what it loads.
+
+    Another safetensors file beside a single one is refused before (`open_checkpoint`).
+    """
+    for name in ("params.json", "pytorch_model.bin", "model.pt"):
         (directory / name).write_text("not what was checked")
     return directory
 
