@@ -39,7 +39,6 @@ from examples.benchmarks.measure import (
 SUMMARY = "export and import, against cp, cat and transformers"
 _ALTERNATIVES = ("cp + fsync", "export", "save_pretrained + fsync", "cat", "import", "from_pretrained")
 _TIMEOUT_S = 1800.0
-_MEMORY_OF_IMPORTS = 1 << 30  # of one rank: PyTorch, Megatron, processes that start
 _NOISE = 1_000_003  # numbers that are repeated; no row begins like another
 
 
@@ -129,7 +128,6 @@ def _measure(name: str, place: str, ranks: int, threads: int) -> Run:
     source, exported, copy, saved = (directory / part for part in ("source", "exported", "copy", "saved"))
     if not exported.exists():  # the bytes that are to be copied
         _in_ranks(ranks, _export, source, exported, threads)
-    size = _weight_bytes(exported)
     if name in ("cat", "import", "from_pretrained"):
         _drop_from_page_cache(saved if name == "from_pretrained" else exported)
     elif name == "cp + fsync":
@@ -138,12 +136,11 @@ def _measure(name: str, place: str, ranks: int, threads: int) -> Run:
         _remove(saved)
     else:
         _remove(exported)
-    back_free_memory(3 * size + _MEMORY_OF_IMPORTS * ranks)  # parameters, files, and a margin
     if name == "cp + fsync":
-        seconds = _timed(f"cp -r {exported} {copy} && sync {copy}/*")
+        seconds = _timed(f"cp -r {exported} {copy} && sync {copy}/*", _weight_bytes(exported))
         measured: Run = {"seconds": seconds}
     elif name == "cat":
-        measured = {"seconds": _timed(f"cat {exported}/*.safetensors > /dev/null")}
+        measured = {"seconds": _timed(f"cat {exported}/*.safetensors > /dev/null", _weight_bytes(exported))}
     elif name == "export":
         measured = _in_ranks(ranks, _export, source, exported, threads)
     elif name == "import":
@@ -160,7 +157,8 @@ def _weight_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
-def _timed(command: str) -> float:
+def _timed(command: str, num_bytes: int) -> float:
+    _back_memory_for(num_bytes)
     start = time.perf_counter()
     subprocess.run(["bash", "-c", command], check=True)
     return time.perf_counter() - start
@@ -233,11 +231,19 @@ def _model(ranks: int, source: Path, threads: int) -> tuple[list[Any], Any]:
     return chunks, architecture
 
 
-def _watched(action: Callable[[], Any], architecture: Any) -> Run:
+def _back_memory_for(num_bytes: int) -> None:
+    """At the last moment: free memory that nobody uses goes back to the host within seconds."""
+    back_free_memory(2 * num_bytes)  # the file's pages, and what becomes of them in a process
+
+
+def _watched(action: Callable[[], Any], chunks: list[Any], architecture: Any) -> Run:
     """Seconds, and the most memory beside the parameters over the size of the largest tensor."""
     from torch import distributed
 
     largest = max(architecture.vocab_size, architecture.ffn_hidden_size) * architecture.hidden_size * 2
+    if distributed.get_rank() == 0:
+        own = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
+        _back_memory_for(own * distributed.get_world_size())
     distributed.barrier()
     PeakMemory.reset()
     before, start = PeakMemory.now(), time.perf_counter()
@@ -259,6 +265,7 @@ def _export(ranks: int, source: Path, exported: Path, threads: int) -> Run:
             out_dir=exported,
             progress=SilentProgress(),
         ),
+        chunks,
         architecture,
     )
 
@@ -268,7 +275,7 @@ def _import(ranks: int, source: Path, exported: Path, threads: int) -> Run:
 
     chunks, architecture = _model(ranks, source, threads)
     _drop_from_page_cache(exported)
-    return _watched(lambda: load_weights(chunks, exported, architecture), architecture)
+    return _watched(lambda: load_weights(chunks, exported, architecture), chunks, architecture)
 
 
 def _save_pretrained(exported: Path, saved: Path, threads: int) -> Run:
@@ -279,6 +286,7 @@ def _save_pretrained(exported: Path, saved: Path, threads: int) -> Run:
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.bfloat16)
+    _back_memory_for(_weight_bytes(exported))
     start = time.perf_counter()
     model.save_pretrained(saved)
     subprocess.run(["bash", "-c", f"sync {saved}/*"], check=True)
@@ -293,6 +301,7 @@ def _from_pretrained(saved: Path, threads: int) -> Run:
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
     _drop_from_page_cache(saved)
+    _back_memory_for(_weight_bytes(saved))
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
     for parameter in model.parameters():
