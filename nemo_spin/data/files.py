@@ -24,7 +24,6 @@ from nemo_spin.errors import DataError, explain
 
 MANIFEST_NAME = "manifest.json"
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # of file systems that know no hard links
-_CHUNK_BYTES = 8 << 20
 
 
 def sync_directory(directory: Path) -> None:
@@ -151,11 +150,8 @@ def remove_partials(directory: Path) -> None:
 
 def sha256_file(path: Path) -> str:
     """Hex sha256 of the bytes of `path`."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sha256_text(text: str) -> str:
