@@ -130,10 +130,13 @@ class SegmentAttention(MegatronModule):
         queries = query.split([segment[1] for segment in segments], dim=2)
         contexts = []
         for own, (_, _, prefix, prefix_count, run, run_count) in zip(queries, segments, strict=True):
-            seen = [
-                *range(pieces[prefix], pieces[prefix + prefix_count]),
-                *range(pieces[run], pieces[run + run_count]),
-            ]
+            seen = list(range(pieces[run], pieces[run + run_count]))
+            if prefix_count:
+                seen = [*range(pieces[prefix], pieces[prefix + prefix_count]), *seen]
+            elif len(seen) > 1:  # a slice is kept for the backward pass as it lies, joined pieces as a copy
+                whole = (tensor.narrow(2, run, run_count) for tensor in (key, value))
+                contexts.append(self._attend(own, *whole))
+                continue
             contexts.append(self._attend(own, _joined(keys, seen), _joined(values, seen)))
         return torch.cat(contexts, dim=2)
 
