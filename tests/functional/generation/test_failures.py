@@ -29,7 +29,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def _wait_until(condition: object, seconds: float = 20.0) -> None:
+def _wait_until(condition: object, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "it did not happen in time"
