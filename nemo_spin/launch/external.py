@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_spin.config.schema import Config
-from nemo_spin.errors import PREEMPTED, ConfigError, DataError, StageError, explain
-from nemo_spin.launch.local import LocalJob, Share
+from nemo_spin.errors import PREEMPTED, ConfigError, StageError, explain
+from nemo_spin.launch.local import LocalJob, Share, not_started
 from nemo_spin.launch.meeting import own_address, reserve_port
 from nemo_spin.launch.placement import Placement, of_environment
 from nemo_spin.launch.wire import BEAT_S, HELLO_S, NAME, Door, Line
@@ -106,14 +106,7 @@ class ExternalLauncher:
         try:
             return ExternalJob(self, job, self._orders)
         except OSError as error:
-            raise DataError(
-                explain(
-                    f"{job.name}, logs in {job.log_dir}",
-                    found=f"could not be started ({error})",
-                    rule="the run directory must be writable and have room, the machine room for processes",
-                    remedy="free what is missing and start the same command again",
-                )
-            ) from error
+            raise not_started(job, error) from error
 
     def close(self, code: int) -> None:
         """Tells the followers that the command ends with `code`."""

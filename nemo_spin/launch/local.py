@@ -64,14 +64,7 @@ class LocalLauncher:
         try:
             return LocalJob(job)
         except OSError as error:
-            raise DataError(
-                explain(
-                    f"{job.name}, logs in {job.log_dir}",
-                    found=f"could not be started ({error})",
-                    rule="the run directory must be writable and have room, the machine room for processes",
-                    remedy="free what is missing and start the same command again",
-                )
-            ) from error
+            raise not_started(job, error) from error
 
 
 @dataclass(frozen=True)
@@ -87,6 +80,18 @@ class Share:
     places: tuple[Placement, ...]
     address: str
     port: int
+
+
+def not_started(job: Job, error: OSError) -> DataError:
+    """The error for a job whose processes or log files could not be made."""
+    return DataError(
+        explain(
+            f"{job.name}, logs in {job.log_dir}",
+            found=f"could not be started ({error})",
+            rule="the run directory must be writable and have room, the machine room for processes",
+            remedy="free what is missing and start the same command again",
+        )
+    )
 
 
 class LocalJob:
