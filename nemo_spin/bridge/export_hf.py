@@ -208,7 +208,7 @@ def write_placed(parameters: list[Placed], plan: ExportPlan, *, directory: Path,
     for done, placed in enumerate(parameters, start=1):
         blocks = _joined_blocks(placed, plan) if placed.spread else _own_blocks(placed, plan)
         for target, first_row, values in blocks:
-            if values is not None and placed.is_writer:
+            if placed.is_writer:
                 bits = tensor_to_bits(values)
                 writer.attempt(functools.partial(writer.write, target, first_row, bits))
         report = functools.partial(progress.update, done, len(parameters), "tensors")
@@ -216,7 +216,7 @@ def write_placed(parameters: list[Placed], plan: ExportPlan, *, directory: Path,
     writer.close()
 
 
-Block = tuple[StoredTensor, int, Tensor | None]  # a tensor, the first of some of its rows, their values
+Block = tuple[StoredTensor, int, Tensor]  # a tensor, the first of some of its rows, their values
 
 
 def _own_blocks(placed: Placed, plan: ExportPlan) -> Iterator[Block]:
@@ -228,39 +228,42 @@ def _own_blocks(placed: Placed, plan: ExportPlan) -> Iterator[Block]:
 
 
 def _joined_blocks(placed: Placed, plan: ExportPlan) -> Iterator[Block]:
-    """Stored rows that are spread over the tensor-parallel ranks, on one of them; on the others None.
+    """Stored rows that are spread over the tensor-parallel ranks: in each round a block for every rank.
 
-    The ranks take turns as the one that has the whole rows, so that all have as much to write. All
-    ranks of the tensor-parallel group must call. A block is valid until the next one is asked for.
+    All exchange their parts at once and then write, each its own block. All ranks of the tensor-parallel
+    group must call. A block is valid until the next one is asked for.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     tp_rank, tp_size = distributed.get_rank(group), len(placed.spread)
     one = placed.pieces[0]
     target = plan.places[one.tensor]
     dtype = TORCH_DTYPES[plan.dtype]
-    rows_of_rank = placed.parameter.T if one.transposed else placed.parameter
+    rows_of_rank = placed.parameter.detach().T if one.transposed else placed.parameter.detach()
     whole = Piece(one.tensor, ((0, target.shape[0]), (0, target.shape[1])), ((0, target.shape[0]), (0, 0)))
-    blocks = row_blocks(whole, ITEM_SIZES[plan.dtype])
-    num_rows = blocks[0].stored[0][1]
+    bounds = [block.stored[0] for block in row_blocks(whole, ITEM_SIZES[plan.dtype])]
     # Made once: memory that is taken and given back for every block piles up.
-    own_rows = rows_of_rank.new_empty(num_rows, rows_of_rank.shape[1], dtype=dtype)
-    rows_of_ranks = own_rows.new_empty(tp_size, *own_rows.shape)
-    whole_rows = own_rows.new_empty(num_rows, target.shape[1])
-    for number, block in enumerate(blocks):
-        (first, last), _ = block.stored
-        receiver, rows = number % tp_size, last - first
-        own_rows[:rows] = rows_of_rank[first:last]
-        received = own_rows[:rows].view(torch.uint8)  # gloo does not know every type
-        parts = [part[:rows].view(torch.uint8) for part in rows_of_ranks] if tp_rank == receiver else None
-        distributed.gather(received, parts, dst=distributed.get_global_rank(group, receiver), group=group)
-        if parts is None:
-            yield target, first, None
-            continue
-        for part, pieces in zip(rows_of_ranks, placed.spread, strict=True):
+    most_rows, num_columns = bounds[0][1], rows_of_rank.shape[1]
+    received = rows_of_rank.new_empty(tp_size * most_rows, num_columns, dtype=dtype)
+    whole_rows = received.new_empty(most_rows, target.shape[1])
+    for start in range(0, len(bounds), tp_size):
+        turn = bounds[start : start + tp_size]
+        sizes = [last - first for first, last in turn] + [0] * (tp_size - len(turn))
+        own_rows = rows_of_rank[turn[0][0] : turn[-1][1]].to(dtype).contiguous()
+        distributed.all_to_all_single(
+            received[: tp_size * sizes[tp_rank]].view(torch.uint8),  # gloo does not know every type
+            own_rows.view(torch.uint8),
+            output_split_sizes=[sizes[tp_rank]] * tp_size,
+            input_split_sizes=sizes,
+            group=group,
+        )
+        if tp_rank >= len(turn):
+            return
+        rows = sizes[tp_rank]
+        for part, pieces in zip(received.split(rows), placed.spread, strict=False):  # as many as ranks
             for piece in pieces:
                 columns = piece.local[0 if piece.transposed else 1]
-                whole_rows[:rows, slice(*piece.stored[1])] = part[:rows, slice(*columns)]
-        yield target, first, whole_rows[:rows]
+                whole_rows[:rows, slice(*piece.stored[1])] = part[:, slice(*columns)]
+        yield target, turn[tp_rank][0], whole_rows[:rows]
 
 
 def verify_export(model_chunks: Sequence[nn.Module], out_dir: Path, architecture: Architecture) -> None:
