@@ -8,16 +8,30 @@ import os
 from pathlib import Path
 from types import ModuleType
 
-from examples.benchmarks import head, packing, preparation, refresh, step_profile, streams, training
+from examples.benchmarks import (
+    head,
+    memory,
+    overhead,
+    packing,
+    preparation,
+    refresh,
+    scaling,
+    step_profile,
+    streams,
+    training,
+)
 from examples.benchmarks.machine import machine
 
 # Each has SUMMARY, `add_arguments(parser)` and `run(options)`, which prints and returns its results.
 BENCHMARKS: dict[str, ModuleType] = {
     "head": head,
+    "memory": memory,
+    "overhead": overhead,
     "packing": packing,
     "preparation": preparation,
     "profile": step_profile,
     "refresh": refresh,
+    "scaling": scaling,
     "streams": streams,
     "training": training,
 }

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from examples.benchmarks.chat_lengths import PROMPT, RESPONSE, chat_pairs, lengths
+from examples.benchmarks.epoch import OURS, check_same
 from examples.benchmarks.measure import ratios, spread, summary
+from examples.benchmarks.memory import number_of_weights
 from examples.benchmarks.training import sorted_within_batches
 
 ROOT = Path(__file__).parents[2]
@@ -45,14 +47,83 @@ def test_the_head_needs_less_than_an_eighth_of_the_plain_ones_memory(tmp_path: P
 def test_a_peer_that_is_compared_with_does_the_same(tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="the peer: pip install .[bench]")
     sizes = ["--pairs", "16", "--global-batch-size", "8", "--hidden", "64", "--layers", "2", "--scale", "0.1"]
-    sizes += ["--vocabulary", "512", "--peer-micro-batch-sizes", "4", "--repeats", "1"]
+    sizes += ["--vocabulary", "512", "--peer-micro-batch-sizes", "4", "--repeats", "1", "--lengths", "chat"]
     shown, written = benchmark("training", tmp_path / "training.json", *sizes)
-    results = written["results"]
-    last = results.pop("last_loss")
-    assert len(results) == 3 and last.keys() == results.keys()
+    results = written["results"]["chat"]
+    last, tried = results.pop("last_loss"), results.pop("tried_micro_batch_sizes")
+    assert len(results) == 3 and last.keys() == results.keys() and tried.keys() == {"4"}
     assert all(name in shown for name in results)
     assert np.ptp(list(last.values())) < 1e-3
-    assert last["nemo_spin"] != pytest.approx(np.log(2), abs=1e-5), "a step was taken"
+    assert last[OURS] != pytest.approx(np.log(2), abs=1e-5), "a step was taken"
+
+
+def test_nothing_is_compared_where_losses_differ() -> None:
+    runs = {OURS: [{"loss_0": 0.5, "seconds": 1.0}], "TRL": [{"loss_0": 0.5009, "seconds": 9.0}]}
+    check_same(runs)
+    for other in ({"loss_0": 0.502}, {"loss_0": float("nan")}, {"loss_0": 0.5, "loss_1": 0.4}):
+        with pytest.raises(SystemExit, match="nothing to compare"):
+            check_same(runs | {"TRL": [other]})
+
+
+def test_weights_gradients_and_moments_are_told_from_what_a_step_needs(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="the peer: pip install .[bench]")
+    sizes = ["--pairs", "4", "--hidden", "64", "--layers", "2", "--vocabulary", "512", "--scale", "0.1"]
+    shown, written = benchmark("memory", tmp_path / "memory.json", *sizes, "--repeats", "1")
+    results = written["results"]
+    weights = results.pop("weights")
+    assert len(results) == 5 and all(name in shown for name in results)
+    for found in results.values():
+        above, working = (found[key]["median"] for key in ("above_mib", "working_mib"))
+        assert above - working == pytest.approx(16 * weights / 2**20)
+        assert found["whole_mib"]["median"] > above
+
+
+def test_weights_are_counted_in_the_file_of_them(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {"a": torch.zeros(3, 5), "b": torch.zeros(7, dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert number_of_weights(tmp_path) == 22
+
+
+def test_work_grows_by_the_factors_it_is_said_to(tmp_path: Path) -> None:
+    sizes = ["--factors", "1", "2", "--pairs", "2", "--length", "16", "--layers", "1", "--hidden", "32"]
+    sizes += ["--ranks", "1", "--rank-pairs", "4", "--scale", "0.1", "--repeats", "1"]
+    shown, written = benchmark("scaling", tmp_path / "scaling.json", *sizes)
+    results = written["results"]
+    ranks = results.pop("ranks")
+    assert ranks["1"]["all_ranks"]["median"] == 1.0
+    assert results.keys() == {"pairs", "length", "layers"} and "layers x2" in shown
+    for axis in ("pairs", "length"):
+        assert results[axis]["2"]["work"] == pytest.approx(2.0)
+    assert 1.0 < results["layers"]["2"]["work"] < 2.0, "the output layer stays one"
+    for steps in results.values():
+        for found in steps.values():  # attention was found, and is less than everything
+            assert found["without_attention"]["median"] > 0
+        assert steps["1"]["without_attention"]["median"] == 1.0
+
+
+@pytest.mark.slow
+def test_ranks_that_share_a_batch_do_the_work_of_one(tmp_path: Path) -> None:
+    sizes = ["--factors", "1", "--pairs", "2", "--length", "16", "--hidden", "32", "--scale", "0.1"]
+    sizes += ["--ranks", "1", "2", "--rank-pairs", "8", "--repeats", "1"]
+    _, written = benchmark("scaling", tmp_path / "scaling.json", *sizes)
+    found = written["results"]["ranks"]["2"]
+    assert found["busiest"]["median"] >= found["all_ranks"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_time_beside_computing_adds_up(tmp_path: Path) -> None:
+    sizes = ["--pairs", "12", "--heldout", "2", "--global-batch-size", "4", "--hidden", "32", "--layers", "2"]
+    sizes += ["--vocabulary", "256", "--scale", "0.1", "--repeats", "1"]
+    shown, written = benchmark("overhead", tmp_path / "overhead.json", *sizes)
+    seconds = {name: value["median"] for name, value in written["results"]["seconds"].items()}
+    shares = {name: value["median"] for name, value in written["results"]["shares"].items()}
+    assert "train checkpoint" in shown and min(seconds.values()) >= 0
+    computing = ("score_forward", "train_forward_backward", "train_optimizer")
+    assert sum(shares[name] for name in (*computing, "beside")) == pytest.approx(1.0)
+    assert seconds["train_checkpoint"] > 0 and seconds["train_evaluation"] > 0
 
 
 @pytest.mark.slow
