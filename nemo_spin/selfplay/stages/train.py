@@ -73,8 +73,12 @@ class TrainStage(Stage):
         return {"base": scorings}
 
     def check(self) -> None:
-        """A user's own loss must be there."""
-        _own_loss(self.context.config.spin.loss)
+        """A user's own loss must be one, before anything is sampled for it."""
+        loss = self.context.config.spin.loss
+        if names_a_function(loss):
+            from nemo_spin.objective.user_loss import load_user_loss  # torch: only where there is one
+
+            load_user_loss(loss)
 
     def leftovers(self) -> list[Path]:
         """See `Stage`."""

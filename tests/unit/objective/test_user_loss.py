@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemo_spin.errors import ConfigError
+from nemo_spin.objective.losses import PairLogps
 from nemo_spin.objective.objective import build_objective
 from nemo_spin.objective.user_loss import load_user_loss
 from tests.unit.objective.pairs import gradients, pair
@@ -60,6 +63,10 @@ def mean(margin): return (-margin).exp().mean()
 def detached(margin): return (-margin).exp().detach()
 def number(margin): return 1.0
 def infinite(margin): return -(margin + 2.0).log()
+def mixed(margin): return (-margin).exp().mean().expand(len(margin))
+def small(margin):
+    if len(margin) > 3: raise ValueError("too many")
+    return (-margin).exp() if len(margin) == 3 else (-margin).exp().sum()
 def broken(margin): return margin.no_such_thing()
 def keyword(margin, scale=2.0, **others): return (-scale * margin).exp()
 """
@@ -85,6 +92,7 @@ def losses(tmp_path: Path) -> Path:
         ("detached", "returned a tensor without gradient"),
         ("number", "returned float for 3 pairs"),
         ("infinite", "inf] at margins 0, 2, -2"),
+        ("mixed", "mixes pairs: the value of one depends on another's margin"),
         ("broken", "raised AttributeError: 'Tensor' object has no attribute 'no_such_thing'"),
     ],
 )
@@ -94,6 +102,15 @@ def test_what_is_not_a_loss_is_refused_before_it_trains(losses: Path, function: 
     message = str(caught.value)
     assert message.startswith(f"spin.loss={losses}:{function}: ") and expected in message
     assert "  rule:   " in message and "  remedy: " in message
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"), [(2, "returned [] for 2 pairs"), (4, "raised ValueError: too many")]
+)
+def test_what_goes_wrong_later_is_told_as_well(losses: Path, pairs: int, expected: str) -> None:
+    loss = load_user_loss(f"{losses}:small")
+    with pytest.raises(ConfigError, match=re.escape(f"spin.loss={losses}:small: {expected}")):
+        loss(PairLogps(*torch.zeros(4, pairs)), 1.0)
 
 
 def test_parameters_with_defaults_are_left_to_them(losses: Path) -> None:
