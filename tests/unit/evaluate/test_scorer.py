@@ -85,6 +85,20 @@ def test_the_hash_is_that_of_the_file_and_the_function(directory: Path) -> None:
             scorer_sha256(name)
 
 
+def test_a_function_of_other_arguments_is_refused_before_it_is_needed(directory: Path) -> None:
+    (directory / "two.py").write_text("def double(real, response):\n    return 1.0\n")
+    with pytest.raises(ConfigError, match=r"cannot be called with \(prompt, real, response\): too many"):
+        load_scorer("two.py:double")
+
+
+def test_what_raises_is_named_with_the_answer_it_raised_at() -> None:
+    def score(prompt: str, real: str, response: str) -> float:
+        return {"a": 1.0}[response]
+
+    with pytest.raises(ConfigError, match="its function raised KeyError: 'b' for the response 'b'"):
+        checked_score(score, prompt="p", real="a", response="b")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "much", None, [1]])
 def test_a_score_is_a_finite_number(value: object) -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.scorer"):
