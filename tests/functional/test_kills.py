@@ -17,6 +17,7 @@ import pytest
 from nemo_spin.data.files import read_manifest
 from tests.functional.commands import VLLM_PYTHON, nemo_spin, start, write_config
 from tests.functional.conftest import TinyData
+from tests.functional.history import assert_trained_on_history
 from tests.functional.test_loop import descendants, is_running, wait_for
 
 KILLS = 100
@@ -92,6 +93,7 @@ def test_a_hundred_kills_of_any_process_change_no_byte(
     result = nemo_spin("run", "--config", str(config), f"run_dir={tmp_path / 'undisturbed'}")
     assert result.returncode == 0, result.stderr + result.stdout
     undisturbed = results(tmp_path / "undisturbed")
+    assert_trained_on_history(tmp_path / "undisturbed", iterations=ITERATIONS, epochs=1)
     took = time.monotonic() - began
     chance = random.Random(20240607)
     killed: Counter[str] = Counter()

@@ -12,6 +12,7 @@ import pytest
 from nemo_spin.data.files import read_manifest, verify_manifest
 from tests.functional.commands import VLLM_PYTHON, nemo_spin, write_config
 from tests.functional.conftest import TinyData
+from tests.functional.history import assert_trained_on_history
 
 RANK = 4
 
@@ -82,6 +83,7 @@ def test_two_iterations_of_adapters_end_and_are_done_again_at_once(
     ]
     new = "adapted" if served else "refreshed"
     assert ways == ["started", "kept", new, "kept", new]
+    assert_trained_on_history(run_dir, iterations=2, epochs=1)
     before = contents(run_dir)
     again = nemo_spin(*arguments)
     assert again.returncode == 0, again.stderr
