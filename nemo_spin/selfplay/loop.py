@@ -231,8 +231,15 @@ class Session:
                     f"{stage.label} failed ({what}): attempt {attempt + 1} of {launcher.attempts} "
                     f"in {wait_s:g} s\n{error}"
                 )
-                time.sleep(wait_s)
+                self._wait(wait_s)
         raise AssertionError("the last attempt returns or raises")
+
+    def _wait(self, seconds: float) -> None:
+        try:
+            time.sleep(seconds)
+        except STOPPED as stopped:
+            self.state.ended(states.INTERRUPTED, repr(stopped))  # not failed: it was to be done again
+            raise
 
     def _attempt(self, stage: Stage) -> Manifest:
         inputs = stage.inputs()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,6 +133,26 @@ def test_a_stage_is_attempted_again_after_longer_and_longer_waits(
     assert state is not None
     assert state.stages["iter_00/score"].attempts == failures + 1
     assert {entry.status for entry in state.stages.values()} == {"done"}
+
+
+def test_a_stop_while_it_waits_is_an_interruption(
+    run: Callable[[Config], str],
+    make_config: Callable[..., Config],
+    stand_ins: StandIns,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def told_to_leave(seconds: float) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop.time, "sleep", told_to_leave)
+    stand_ins.fail_in, stand_ins.error = "score of iteration 0", StageError(KILLED)
+    with pytest.raises(SystemExit) as stopped:
+        run(make_config())
+    assert stopped.value.code == 75
+    state = read_state(RunDirectory(tmp_path / "run").state_path)
+    assert state is not None
+    assert (state.status, state.stages["iter_00/score"].status) == ("interrupted", "interrupted")
 
 
 def test_a_defect_is_not_attempted_again(
