@@ -27,6 +27,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -77,7 +78,7 @@ class VllmServer:
         self._address = settings.server.rstrip("/")
         self._max_num_seqs = settings.max_num_seqs
         self._timeout_s = settings.server_timeout_s
-        self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        self._key = _key_of_environment()
         served = self._get("/v1/models")["data"][0]
         self._model = str(served["id"])
         if int(served["max_model_len"]) < settings.max_model_len:
@@ -197,6 +198,25 @@ class VllmServer:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
+
+
+def _key_of_environment() -> str:
+    """The key; empty where there is none.
+
+    Raises:
+        GenerationError: No header can hold it. Python's own error would quote it.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if re.fullmatch(r"[!-~]*", key):
+        return key
+    raise GenerationError(
+        explain(
+            KEY_VARIABLE,
+            found="has a space, a line break or a letter outside of ASCII in it (the key is not shown)",
+            rule="a key is one word of ASCII, as it stands in a header of HTTP",
+            remedy="set it to the key alone",
+        )
+    )
 
 
 def _first_line(error: urllib.error.HTTPError) -> str:

@@ -207,6 +207,17 @@ def test_a_key_goes_to_the_server_and_into_no_message(
     assert "sk-secret" not in repr(settings(stand_in))
 
 
+@pytest.mark.parametrize("key", ["sk-secret\nsk-second", "sk-secret sk-second", "sk-secret\u20ac"])
+def test_a_key_that_no_header_can_hold_is_not_quoted(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("NEMO_SPIN_SERVER_KEY", key)
+    with pytest.raises(GenerationError, match="a key is one word of ASCII") as caught:
+        connected(stand_in)
+    assert "sk-se" not in str(caught.value)
+    assert stand_in.keys == set(), "it was not sent"
+
+
 def test_a_server_that_sends_us_elsewhere_is_refused(stand_in: StandIn) -> None:
     stand_in.fails = {"/v1/models": [302]}
     with pytest.raises(GenerationError, match="answered by 302"):
