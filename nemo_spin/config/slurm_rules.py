@@ -16,9 +16,11 @@ SLURM_KEYS = (
     *(f"{_SECTION}.{name}" for name in _CHECKED),
     "launcher.name",
     "launcher.preemption_grace_s",
+    "run_dir",
 )
 _TIME = re.compile(r"\d+|\d+:\d{1,2}|\d+:\d{1,2}:\d{1,2}|\d+-\d+(:\d{1,2}){0,2}|UNLIMITED|INFINITE")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_SECRETS = ("NEMO_SPIN_SERVER_KEY",)  # as `generation/vllm_server.py` has it
 _OPTION = re.compile(r"--[a-z][\w-]*(=.*)?", re.ASCII)
 # What the script says itself: given twice, the later line would win.
 _OURS = frozenset(
@@ -31,7 +33,8 @@ def slurm_understands(config: Config) -> list[Mistake]:
     """Values that a line of the script, or an argument of srun, can hold."""
     slurm = config.launcher.slurm
     mistakes = [*_lines(slurm), *_times(slurm), *_options(slurm), *_variables(slurm), *_mounts(slurm)]
-    return [*mistakes, *_time_to_save(config)]
+    mistakes += _secrets(slurm)
+    return [*mistakes, *_time_to_save(config), *_run_dir(config)]
 
 
 def _time_to_save(config: Config) -> list[Mistake]:
@@ -114,6 +117,34 @@ def _variables(slurm: SlurmConfig) -> list[Mistake]:
         )
         for name, value in slurm.environment.items()
         if not _VARIABLE.fullmatch(name) or not isinstance(value, (str, int, float)) or "\0" in str(value)
+    ]
+
+
+def _secrets(slurm: SlurmConfig) -> list[Mistake]:
+    """The configuration is written into the run directory, and the variables into the script."""
+    return [
+        mistake(
+            f"{_SECTION}.environment",
+            found=name,
+            rule="a key is written into no file",
+            remedy="take it out, and export it before the job is submitted: sbatch passes it on",
+        )
+        for name in _SECRETS
+        if name in slurm.environment
+    ]
+
+
+def _run_dir(config: Config) -> list[Mistake]:
+    if config.launcher.slurm.container_image is None or not set(config.run_dir) & set(",:"):
+        return []
+    return [
+        mistake(
+            "run_dir",
+            found=f"{config.run_dir!r}, with {_SECTION}.container_image",
+            rule="the run directory is mounted into the container: its path has no comma and no colon",
+            remedy="choose another path",
+            also=(f"{_SECTION}.container_image",),
+        )
     ]
 
 

@@ -170,6 +170,8 @@ def _in_container(slurm: SlurmConfig, command: Sequence[str], run_dir: Path, *, 
         return [
             f"--container-image={slurm.container_image}",
             f"--container-mounts={','.join(mounts)}",
+            # Without it the image's own value of a variable wins over the job's.
+            f"--container-env={','.join([*slurm.environment, 'OMP_NUM_THREADS'])}",
             *command,
         ]
     bound = [word for mount in mounts for word in ("--bind", mount)]
@@ -317,12 +319,18 @@ class SlurmJob:
         if not notes:
             code = self._process.returncode
             return _Failure(-1, code if code > 0 else 128 - code, f"srun ended with exit code {code}")
-        rank = min(notes, key=lambda number: float(notes[number]["time"]))
+        rank = self._first_noted(notes)
         note = notes[rank]
         is_exit = note["type"] == "SystemExit"
         code = int(note["message"]) if is_exit and note["message"].isdecimal() else 1
         reason = "" if is_exit else f" ({note['type']}: {note['message']})"
         return _Failure(rank, code, f"rank {rank} on {note['host']} ended with exit code {code}{reason}")
+
+    def _first_noted(self, notes: Mapping[int, Mapping[str, Any]]) -> int:
+        """The rank that noted its failure first; which node's clock is right only srun's order can tell."""
+        said = [notes[rank]["host"] for rank, _, _ in self._said_by_srun() if rank in notes]
+        of_host = [rank for rank in notes if not said or notes[rank]["host"] == said[0]]
+        return min(of_host, key=lambda rank: float(notes[rank]["time"]))
 
     def _said_by_srun(self) -> list[tuple[int, str, str]]:
         """Rank, node and end of the tasks that ended badly by themselves, in srun's order."""

@@ -49,3 +49,17 @@ def test_a_mount_is_one_mount() -> None:
     image = "launcher.slurm.container_image=i"
     for mount in ("/a:/b,/c:/d", "/a", "/a:/b:ro:x"):
         assert "SOURCE:TARGET" in refused(image, f"launcher.slurm.container_mounts=['{mount}']")
+
+
+def test_a_run_directory_that_no_mount_can_name_is_refused_with_a_container_alone() -> None:
+    for run_dir in ("/a,b", "/12:00"):
+        assert "its path has no comma and no colon" in refused(
+            f"run_dir='{run_dir}'", "launcher.slurm.container_image=i"
+        )
+        accepted(f"run_dir='{run_dir}'", "launcher.name=slurm")
+
+
+def test_a_key_is_not_to_be_written_into_the_script() -> None:
+    text = refused("launcher.slurm.environment={NEMO_SPIN_SERVER_KEY: sk-secret}")
+    assert "a key is written into no file" in text
+    assert "sk-secret" not in text

@@ -158,6 +158,24 @@ def test_a_rank_that_dies_without_a_word_comes_before_those_that_complain(start)
     assert "rank 1 on node2: Killed (often: the machine ran out of memory)" in job.describe_failure()
 
 
+def test_a_clock_that_is_an_hour_ahead_does_not_hide_the_first_failure(start) -> None:
+    job = start(
+        """
+        import atexit
+        if rank == 0:
+            atexit.register(time.sleep, 30)  # it complains about rank 1, and is slow to end
+            raise ConnectionError("closed by peer")
+        while not list(here.glob("logs/*.rank_0.failure.json")):
+            time.sleep(0.01)
+        clock = time.time
+        time.time = lambda: clock() + 3600
+        raise ValueError("not finite")
+        """
+    )
+    assert wait(job) == 1
+    assert "rank 1 on node2 ended with exit code 1 (ValueError: not finite)" in job.describe_failure()
+
+
 def test_ranks_are_asked_to_leave_and_their_children_are_not(start, tmp_path: Path) -> None:
     job = start(
         """
@@ -199,15 +217,17 @@ def test_outside_of_an_allocation_or_in_one_that_is_too_small_it_refuses(tmp_pat
 
 def test_a_container_is_named_as_its_runtime_wants_it(tmp_path: Path) -> None:
     def command(**slurm: object) -> list[str]:
-        config = configured(tmp_path, container_image="i", container_mounts=["/a b:/c"], **slurm)
+        slurm = {"environment": {"A": 1, "B": "2"}, "container_mounts": ["/a b:/c"], **slurm}
+        config = configured(tmp_path, container_image="i", **slurm)
         config.trainer.accelerator = "gpu"
         return step_command(config, ["python", "-V"], nodes=2, tasks_per_node=1)
 
-    assert command(cpus_per_task=7)[-6:] == [
+    assert command(cpus_per_task=7)[-7:] == [
         "--gpus-per-node=1",
         "--cpus-per-task=7",
         "--container-image=i",
         f"--container-mounts={tmp_path}:{tmp_path},/a b:/c",
+        "--container-env=A,B,OMP_NUM_THREADS",
         "python",
         "-V",
     ]
