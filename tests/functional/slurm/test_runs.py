@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from nemo_spin.data.files import sha256_file
-from tests.functional.commands import VLLM_PYTHON, environment, nemo_spin, write_config
-from tests.functional.conftest import TinyData
+from tests.functional.commands import REPOSITORY, VLLM_PYTHON, environment, nemo_spin, write_config
 from tests.functional.slurm.cluster import Cluster
 
 NAME = "a \"b' $(touch harm);#"  # of the job and of its directory
-STAGES = ("generate", "score", "train", "export", "evaluate")
+STAGES = ("prepare", "generate", "score", "train", "export", "evaluate")
+SFT = ("pretrain", "sft")  # configurations of the quickstart that lead to theta_0
 
 
 @pytest.fixture(scope="module")
@@ -55,26 +55,23 @@ def given(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sampled(tiny_model: Path, tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with every stage."""
-    return write_config(
-        tmp_path_factory.mktemp("sampled") / "sampled.yaml",
-        {
-            "model": {"path": str(tiny_model), "micro_batch_size": 4, "global_batch_size": 4},
-            "spin": {"iterations": 1, "lr": 1e-4, "epochs": 1},
-            "data": {
-                "train": str(tiny_data.train),
-                "heldout": str(tiny_data.heldout),
-                "max_prompt_length": 64,
-                "max_response_length": 32,
-                "num_workers": 1,
-            },
-            "generation": {"python": VLLM_PYTHON, "max_tokens": 16, "shard_rows": 8},
-            "trainer": {"save_interval": 1, "accelerator": "cpu"},
-            "evaluation": {"num_prompts": 4},
-            "exp_manager": {"create_tensorboard_logger": False},
-        },
-    )
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a quickstart that has come to theta_0, on the rows of its small form."""
+    directory = tmp_path_factory.mktemp("quickstart")
+    sizes = ("--pretrain", "512", "--train", "128", "--heldout", "64")
+    examples = REPOSITORY / "examples" / "quickstart"
+    for words in (
+        (str(examples / "task.py"), str(directory / "data"), *sizes),
+        (str(examples / "base_model.py"), str(directory / "data" / "train.jsonl"), str(directory / "random")),
+        *(("-m", "nemo_spin.cli", "sft", "--config", str(examples / f"{name}.yaml")) for name in SFT),
+    ):
+        subprocess.run(
+            [sys.executable, *words],
+            env={**environment(), "QUICKSTART_DIR": str(directory)},
+            cwd=REPOSITORY,
+            check=True,
+        )
+    return directory
 
 
 def submit(cluster: Cluster, config: Path, run_dir: Path, *more: str) -> str:
@@ -105,18 +102,17 @@ def is_over(cluster: Cluster, number: str) -> bool:
     return cluster.job(number).get("JobState") not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
 
 
-def model_sha256(run_dir: Path) -> str:
-    return sha256_file(run_dir / "iter_00" / "model" / "model.safetensors")
+def model_sha256(run_dir: Path, iteration: int = 0) -> str:
+    return sha256_file(run_dir / f"iter_{iteration:02d}" / "model" / "model.safetensors")
 
 
 def state(run_dir: Path, stage: str) -> str | None:
-    """What state.json says about a stage of the iteration."""
+    """What state.json says about a stage, such as `iter_00/train`."""
     try:
         stages = json.loads((run_dir / "state.json").read_text())["stages"]
     except (OSError, ValueError):
         return None
-    found = [entry["status"] for name, entry in stages.items() if name.endswith(stage)]
-    return found[-1] if found else None
+    return stages[stage]["status"] if stage in stages else None
 
 
 def local_result(config: Path, *more: str) -> str:
@@ -156,23 +152,51 @@ def test_a_job_that_is_warned_goes_back_into_the_queue_and_ends_as_it_would_have
 
 
 @pytest.mark.slow
-def test_a_node_is_lost_in_every_stage_and_the_result_is_the_same(
-    cluster: Cluster, sampled: Path, tmp_path: Path
+def test_the_quickstart_loses_a_node_in_every_stage_and_meets_its_time_limit(
+    cluster: Cluster, quickstart: Path
 ) -> None:
-    """Power off in the middle of each stage, now of the node with the command, now of the other."""
-    run_dir = tmp_path / "run"
-    number = submit(cluster, sampled, run_dir, "launcher.slurm.environment={GLOO_SOCKET_IFNAME: lo}")
-    for stage, node in zip(STAGES, ("node2", "node1", "node2", "node1", "node2"), strict=True):
-        wait(cluster, run_dir, lambda stage=stage: state(run_dir, stage) == "running")
-        time.sleep(2)  # its processes are there
+    """Two iterations. In the first, power off in the middle of each stage, now of the node with the
+    command, now of the other; the second is left to the limit of the job's time."""
+    config = REPOSITORY / "examples" / "quickstart" / "quickstart.yaml"
+    settings = ["spin.iterations=2"]
+    if VLLM_PYTHON is not None:
+        settings.append(f"generation.python={VLLM_PYTHON}")
+    run_dir = quickstart / "spin"
+    job = ["launcher.slurm.time='00:02:00'", "launcher.slurm.signal_s=40", "launcher.preemption_grace_s=30"]
+    job += ["trainer.num_nodes=2", "trainer.devices=1", "launcher.slurm.environment={GLOO_SOCKET_IFNAME: lo}"]
+    command = ["-m", "nemo_spin.cli", "slurm", "--submit", "--config", str(config), *job, *settings]
+    variable = f"QUICKSTART_DIR={quickstart}"
+    number = cluster.ask("env", variable, sys.executable, *command, cwd=REPOSITORY).rpartition(" ")[2]
+    for stage, node in zip(STAGES, ("node1", "node2") * 3, strict=True):
+        name = stage if stage == "prepare" else f"iter_00/{stage}"
+        wait(cluster, run_dir, lambda name=name: state(run_dir, name) == "running")
+        if stage != "prepare":  # which has no processes of its own
+            time.sleep(2)  # its processes are there
         cluster.kill_node(node)
-        assert state(run_dir, stage) == "running", f"{stage} was over before {node} was off"
+        assert state(run_dir, name) == "running", f"{stage} was over before {node} was off"
         wait(cluster, run_dir, lambda: cluster.job(number)["JobState"] == "PENDING")
         cluster.revive_node(node)
-    wait(cluster, run_dir, lambda: is_over(cluster, number), timeout_s=400)
+    restarts = int(cluster.job(number)["Restarts"])
+    assert restarts >= len(STAGES)
+    wait(cluster, run_dir, lambda: is_over(cluster, number), timeout_s=900)
     assert cluster.job(number)["JobState"] == "COMPLETED", log_of(run_dir)
-    assert int(cluster.job(number)["Restarts"]) == len(STAGES)
-    assert model_sha256(run_dir) == local_result(sampled)
+    assert int(cluster.job(number)["Restarts"]) > restarts, "the limit of its time was never met"
+    assert "the run ended with exit code 75" in log_of(run_dir)
+    local = quickstart / "local"
+    words = ["run", "--config", str(config), f"run_dir={local}", *settings]
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_spin.cli", *words],
+        env={**environment(), "QUICKSTART_DIR": str(quickstart)},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    for iteration in range(2):
+        assert model_sha256(run_dir, iteration) == model_sha256(local, iteration)
+        name = f"iter_{iteration:02d}/evaluation.json"
+        assert (run_dir / name).read_text() == (local / name).read_text()
 
 
 @pytest.mark.slow
