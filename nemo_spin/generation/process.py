@@ -16,6 +16,9 @@ from nemo_spin.generation.placement import HERE, Placement
 
 _MODULE = "nemo_spin.generation.worker"
 _GRACE_S = 5.0
+# Of a launcher such as srun: killed itself it would leave its step alive, GPUs and all. At SIGTERM it
+# has Slurm kill the step, and waits for that for KillWait (slurm.conf, often 30 s) and 2 s at most.
+_LAUNCHER_GRACE_S = 60.0
 _NOT_INHERITED = frozenset(
     {"PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__", "MASTER_ADDR", "MASTER_PORT"}
     | {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
@@ -61,6 +64,7 @@ class SamplerProcess:
         self.interpreter = interpreter
         self.began = time.monotonic()
         self._ended = False
+        self._is_launched, self._was_asked = not placement.is_child, False
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             try:
@@ -111,20 +115,30 @@ class SamplerProcess:
 
     def stop(self) -> None:
         """Ends the whole process group, within seconds. Harmless when it has ended."""
-        if self._process.poll() is None:
-            self._signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_GRACE_S)
+        self._ask_to_end()
         self.kill()
 
     def kill(self) -> None:
-        """Ends the whole process group at once. Harmless when it has ended."""
+        """Ends the whole process group at once. Harmless when it has ended.
+
+        One that a launcher runs elsewhere may take a minute, where its node does not answer.
+        """
         if self._ended:  # by now the number may be another group's
             return
+        if self._is_launched:
+            self._ask_to_end()
         self._signal(signal.SIGKILL)
         self._process.wait()
         self.end_input()
         self._ended = True
+
+    def _ask_to_end(self) -> None:
+        if self._was_asked or self._process.poll() is not None:
+            return
+        self._was_asked = True
+        self._signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_LAUNCHER_GRACE_S if self._is_launched else _GRACE_S)
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

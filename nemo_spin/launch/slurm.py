@@ -28,7 +28,7 @@ from nemo_spin.launch.slurm_script import gpus_per_node
 from nemo_spin.launch.tied import tied
 from nemo_spin.selfplay.launcher import Job, RankJob
 
-_TERM_S = 30.0  # srun waits for its step to end (KillWait) before it does itself
+_TERM_S = 60.0  # srun waits for its step to end (KillWait, often 30 s) before it does itself
 _SAID = re.compile(r"error: (?P<node>[^\s:]+): tasks? (?P<ranks>[\d,-]+): (?P<how>.+)")
 _ENDED_BY_SRUN = re.compile(r"Terminating StepId|CANCELLED AT")
 

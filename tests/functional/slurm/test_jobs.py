@@ -180,18 +180,41 @@ while running.poll() is None:
 (place / f"{sys.argv[3]}.json").write_text(json.dumps([running.poll(), running.describe_failure()]))
 """
 
+SAMPLER_DRIVER = """\
+import json, os, sys, time
+from pathlib import Path
+from nemo_spin.config.load import from_mapping
+from nemo_spin.generation.process import Interpreter, SamplerProcess
+from nemo_spin.launch.slurm import SlurmLauncher
+
+place = Path(sys.argv[1])
+launcher = SlurmLauncher(from_mapping(json.loads(sys.argv[2])))
+process = SamplerProcess(
+    Interpreter(sys.executable, os.environ["PYTHONPATH"]),
+    request_path=place / "request.json",
+    log_path=place / "sampler.log",
+    placement=launcher.place_samplers(replicas=2, tensor_parallel_size=1)(1),
+    module="step_body",
+)
+while not (place / "pid.0").exists():
+    time.sleep(0.05)
+process.kill()
+(place / "killed").touch()
+time.sleep(60)  # the job goes on
+"""
+
 
 @pytest.fixture
 def step(cluster: Cluster, tmp_path: Path) -> Callable[..., str]:
     """Starts a step of two ranks on two nodes inside a job, and returns the job's number."""
 
-    def start(name: str, body: str) -> str:
+    def start(name: str, body: str, driver: str = DRIVER) -> str:
         preamble = "import os, signal, subprocess, sys, time\nfrom pathlib import Path\n"
-        preamble += f"rank, here = int(os.environ['RANK']), Path({str(tmp_path)!r})\n"
+        preamble += f"rank, here = int(os.environ.get('RANK', '0')), Path({str(tmp_path)!r})\n"
         (tmp_path / "step_body.py").write_text(preamble + textwrap.dedent(body))
         trainer = {"num_nodes": 2, "devices": 1, "accelerator": "cpu"}
         config = {"run_dir": str(tmp_path), "trainer": trainer, "launcher": {"name": "slurm"}}
-        words = [sys.executable, "-c", DRIVER, str(tmp_path), json.dumps(config), name]
+        words = [sys.executable, "-c", driver, str(tmp_path), json.dumps(config), name]
         script = tmp_path / "step.sh"
         script.write_text('#!/bin/bash\nexport PYTHONPATH="$1:$PYTHONPATH"\nshift\nexec "$@"\n')
         options = ["--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/driver.log", "--no-requeue"]
@@ -292,6 +315,21 @@ def test_ranks_do_not_outlive_the_command_that_started_them(step: Callable[..., 
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < end, "ranks live on"
         time.sleep(0.05)
+
+
+def test_a_sampler_that_is_killed_on_another_node_is_gone(
+    cluster: Cluster, step: Callable[..., str], tmp_path: Path
+) -> None:
+    """srun, killed at once, would leave it alive: its GPUs are needed for the one that follows."""
+    body = "(here / 'node').write_text(os.environ['SLURMD_NODENAME'])\n"
+    body += "(here / 'pid.partial').write_text(str(os.getpid()))\n"
+    body += "(here / 'pid.partial').rename(here / 'pid.0')\ntime.sleep(60)"
+    number = step("sampler", body, SAMPLER_DRIVER)
+    await_file(tmp_path / "killed")
+    assert (tmp_path / "node").read_text() == "node2"
+    assert not Path(f"/proc/{(tmp_path / 'pid.0').read_text()}").exists()
+    assert cluster.job(number)["JobState"] == "RUNNING"
+    cluster.ask("scancel", "--full", number)
 
 
 def _command_line(process: Path) -> bytes:
