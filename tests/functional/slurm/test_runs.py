@@ -200,27 +200,6 @@ def test_the_quickstart_loses_a_node_in_every_stage_and_meets_its_time_limit(
 
 
 @pytest.mark.slow
-def test_at_its_time_limit_a_job_saves_and_goes_back_into_the_queue(
-    cluster: Cluster, given: Path, tmp_path: Path
-) -> None:
-    run_dir = tmp_path / "run"
-    number = submit(
-        cluster,
-        given,
-        run_dir,
-        "launcher.slurm.time='00:01:00'",
-        "launcher.slurm.signal_s=30",
-        "launcher.preemption_grace_s=20",
-        "spin.epochs=40",
-        "launcher.slurm.environment={GLOO_SOCKET_IFNAME: lo}",
-    )
-    wait(cluster, run_dir, lambda: is_over(cluster, number), timeout_s=400)
-    assert cluster.job(number)["JobState"] == "COMPLETED", log_of(run_dir)
-    assert int(cluster.job(number)["Restarts"]) >= 1
-    assert model_sha256(run_dir) == local_result(given, "spin.epochs=40")
-
-
-@pytest.mark.slow
 def test_what_is_cut_off_without_a_warning_the_next_job_goes_on_with(
     cluster: Cluster, given: Path, tmp_path: Path
 ) -> None:
