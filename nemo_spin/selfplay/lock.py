@@ -126,12 +126,19 @@ def _create(path: Path, owner: Owner) -> bool:
         _link(mine, path, text)
         return True
     except FileExistsError:
-        return False
+        return _is_one_file(mine, path)
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             mine.unlink(missing_ok=True)
+
+
+def _is_one_file(mine: Path, path: Path) -> bool:
+    """Whether the lock was made after all: NFS asks again where an answer was lost, and then it is there."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(mine, path)
+    return False
 
 
 def _link(mine: Path, path: Path, text: str) -> None:

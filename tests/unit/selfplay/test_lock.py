@@ -119,6 +119,19 @@ def test_a_file_system_without_hard_links(path: Path, monkeypatch: pytest.Monkey
             pass
 
 
+def test_an_answer_that_nfs_lost_and_asked_for_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def asked_twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", asked_twice)
+    with locked(path):
+        assert read_owner(path) == Owner.of_this_process()
+    assert not path.exists()
+
+
 def test_a_file_without_a_name_is_left_alone(path: Path) -> None:
     path.write_text("")
     with pytest.raises(ConfigError, match="left no name"), locked(path):
