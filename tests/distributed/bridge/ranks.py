@@ -31,7 +31,8 @@ def _build(
     }
     runtime.initialize(**sizes, seed=1, timeout_s=60)
     architecture = architecture_of(source)
-    model = ModelConfig(path=str(source), **sizes)
+    split = tp_size > 1 and architecture.num_experts > 0  # Megatron's experts ask for it
+    model = ModelConfig(path=str(source), sequence_parallel=split, **sizes)
     rows_of_vocabulary = provider.padded_vocab_size
     if vocab_multiple is not None:  # as on a GPU
         provider.padded_vocab_size = lambda size, tp: -(-size // (tp * vocab_multiple)) * tp * vocab_multiple
@@ -93,6 +94,7 @@ def logits(tp_size: int, source: Path, ids: list[list[int]]) -> Any:
     """[batch, positions, vocabulary] of the imported model, as a numpy array."""
     import torch
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
     from nemo_spin.bridge.import_hf import load_weights
     from nemo_spin.megatron.vocab_parallel import output_weight
@@ -103,6 +105,9 @@ def logits(tp_size: int, source: Path, ids: list[list[int]]) -> Any:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
         hidden_states = chunks[0](tokens, positions, attention_mask=None)
+        if chunks[0].config.sequence_parallel:
+            gathered = gather_from_sequence_parallel_region(hidden_states.transpose(0, 1).contiguous())
+            hidden_states = gathered.transpose(0, 1)
         own = (hidden_states @ output_weight(chunks[0]).T).contiguous()
         if chunks[0].logit_cap is not None:
             own = chunks[0].logit_cap * torch.tanh(own / chunks[0].logit_cap)
