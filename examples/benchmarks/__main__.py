@@ -9,7 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 from examples.benchmarks import (
+    generation,
     head,
+    iteration,
     memory,
     overhead,
     packing,
@@ -24,7 +26,9 @@ from examples.benchmarks.machine import machine
 
 # Each has SUMMARY, `add_arguments(parser)` and `run(options)`, which prints and returns its results.
 BENCHMARKS: dict[str, ModuleType] = {
+    "generation": generation,
     "head": head,
+    "iteration": iteration,
     "memory": memory,
     "overhead": overhead,
     "packing": packing,

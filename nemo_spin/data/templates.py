@@ -24,13 +24,14 @@ an answer may end: the end token, the tokenizer's EOS and the `eos_token_id` ent
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_spin.config.schema import DataConfig
 from nemo_spin.data.inputs import prepare_inputs
+from nemo_spin.data.prompt_ends import PromptEnds
 from nemo_spin.data.rows import (
     EMPTY_PROMPT,
     END_IN_RESPONSE,
@@ -125,6 +126,7 @@ class Template:
         self._tokenizer = tokenizer
         self._tail = ""
         self._prompt_template = prompt_template
+        self._ends: PromptEnds | None = None
         self._system_prompt = system_prompt
         self._kwargs = dict(chat_template_kwargs or {})
         eos = tokenizer.eos_token_id
@@ -198,9 +200,7 @@ class Template:
         """
         rendered = [self._render_or_refuse(list(messages)) for messages in conversations]
         good = [item for item in rendered if isinstance(item, _Rendered)]
-        prompts = self._prompt_ids([item.prompt for item in good])
-        responses = self._response_ids(good, prompts)
-        encoded = iter(zip(prompts, responses, strict=True))
+        encoded = iter(self._ids(good))
         return [
             item if isinstance(item, RefusedError) else self._finish(item, *next(encoded))
             for item in rendered
@@ -281,9 +281,10 @@ class Template:
         bos = self._bos
         return [ids if ids[:1] == bos else [*bos, *ids] for ids in self._tokenize(prompts)]
 
-    def _response_ids(self, rendered: list[_Rendered], prompts: list[list[int]]) -> list[list[int]]:
-        """Ids of the bodies, as they follow the prompts' ids."""
+    def _ids(self, rendered: list[_Rendered]) -> Iterable[tuple[list[int], list[int]]]:
+        """Ids of the prompts, and of the bodies as they follow these."""
         wholes = self._prompt_ids([item.prompt + item.body for item in rendered])
+        prompts = self._prompts_of(rendered, wholes)
         bodies = [
             whole[len(prompt) :] if whole[: len(prompt)] == prompt else None
             for whole, prompt in zip(wholes, prompts, strict=True)
@@ -291,10 +292,21 @@ class Template:
         spanned = [item.body for item, body in zip(rendered, bodies, strict=True) if body is None]
         following = iter(self._continuations(spanned))
         complete = [next(following) if body is None else body for body in bodies]
-        return [
+        responses = (
             body if item.closed else [*body, self.end_token_id]
             for item, body in zip(rendered, complete, strict=True)
+        )
+        return zip(prompts, responses, strict=True)
+
+    def _prompts_of(self, rendered: list[_Rendered], wholes: list[list[int]]) -> list[list[int]]:
+        """Ids of the prompts; tokenizes those that cannot be taken from the ids of the whole."""
+        found = [
+            self._ends.ids(item.prompt, item.prompt + item.body, whole) if self._ends else None
+            for item, whole in zip(rendered, wholes, strict=True)
         ]
+        missing = [item.prompt for item, ids in zip(rendered, found, strict=True) if ids is None]
+        tokenized = iter(self._prompt_ids(missing))
+        return [next(tokenized) if ids is None else ids for ids in found]
 
     def _continuations(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts that follow other text.
@@ -333,6 +345,7 @@ class Template:
             raise bad_chat_template(str(refusal)) from refusal
         if not prompt.strip() or _PROBE_ANSWER not in text:
             raise bad_chat_template("it does not render one question and its answer")
+        self._ends = PromptEnds(self._tokenizer, prompt)
         self._tail = tail = text[text.rfind(_PROBE_ANSWER) + len(_PROBE_ANSWER) :]
         special = {*candidates, *self._tokenizer.all_special_ids}
         added = getattr(self._tokenizer, "added_tokens_decoder", {})

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from examples.benchmarks.answering import write_answering_llama, write_word_chats, write_word_tokenizer
+from examples.benchmarks.batched_generate import CACHES, answers_of
 from examples.benchmarks.chat_lengths import PROMPT, RESPONSE, chat_pairs, lengths
 from examples.benchmarks.epoch import OURS, check_same
 from examples.benchmarks.measure import ratios, spread, summary
@@ -132,6 +134,79 @@ def test_preparing_gives_the_ids_that_datasets_gives(tmp_path: Path) -> None:
     shown, written = benchmark("preparation", tmp_path / "preparation.json", *sizes)
     assert all(name in shown for name in written["results"])
     assert len(written["results"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_generation_answers_as_transformers_does(tmp_path: Path) -> None:
+    sizes = ["--prompts", "24", "--tokens", "16", "--mean-tokens", "6", "--hidden", "64", "--layers", "2"]
+    sizes += ["--vocabulary", "512", "--peer-batch-sizes", "4", "8", "--repeats", "1", "--scale", "0.1"]
+    shown, written = benchmark("generation", tmp_path / "generation.json", *sizes)
+    results = written["results"]
+    assert "starting included" in shown and results["batch_size"] in (4, 8) and results["cache"] in CACHES
+    assert len(results["searched_tokens_per_second"]) == 2 * len(CACHES)
+    for name in ("nemo_spin", "transformers"):
+        assert 1 < results[name]["mean_tokens"]["median"] < 16
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_an_iteration_does_what_the_official_steps_do(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="the peer: pip install .[bench]")
+    sizes = ["--prompts", "16", "--tokens", "16", "--mean-tokens", "6", "--hidden", "64", "--layers", "2"]
+    sizes += ["--vocabulary", "512", "--global-batch-size", "8", "--repeats", "1", "--scale", "0.1"]
+    shown, written = benchmark("iteration", tmp_path / "iteration.json", *sizes)
+    assert len(written["results"]) == 3 and all(name in shown for name in written["results"])
+    for result in written["results"].values():
+        assert result["first_loss"]["median"] == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_batched_answers_are_those_to_each_prompt_alone(tmp_path: Path) -> None:
+    model = _answering(tmp_path, mean_tokens=0)
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(4, 300, size).tolist() for size in (3, 17, 9, 1, 12)]
+    greedy = {"max_tokens": 12, "temperature": 0.0}
+    alone = answers_of(model, prompts, batch_size=1, **greedy)
+    assert len({str(answer) for answer in alone}) > 1
+    model.config.eos_token_id = model.generation_config.eos_token_id = alone[0][4]
+    alone = answers_of(model, prompts, batch_size=1, **greedy)
+    assert len(alone[0]) <= 5 and alone[0][-1] == model.config.eos_token_id
+    for cache in CACHES:
+        assert answers_of(model, prompts, batch_size=3, cache=cache, **greedy) == alone
+
+
+def test_answers_end_as_often_as_they_should(tmp_path: Path) -> None:
+    import torch
+
+    model = _answering(tmp_path, mean_tokens=8)
+    torch.manual_seed(0)
+    answers = answers_of(model, [[1, 9, 3, 2]] * 400, batch_size=400, max_tokens=100, temperature=1.0)
+    sizes = np.array([len(answer) for answer in answers])
+    assert abs(sizes.mean() - 8) < 4 * sizes.std() / np.sqrt(len(sizes))
+    assert np.std(sizes) == pytest.approx(np.sqrt(8 * 7), rel=0.2), "as of a geometric distribution"
+
+
+def test_a_word_is_a_token_there_and_back(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(write_word_tokenizer(tmp_path / "tokenizer", vocabulary=300))
+    chats = write_word_chats(tmp_path / "chats.jsonl", 3, vocabulary=300, seed=0, scale=0.1)
+    for line in chats.read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        words = [message["content"].split() for message in messages]
+        assert len(ids) == sum(map(len, words)) + 4 and 0 not in ids
+        answer = ids[len(words[0]) + 3 :]
+        assert tokenizer.decode(answer, skip_special_tokens=True) == messages[1]["content"]
+
+
+def _answering(directory: Path, mean_tokens: float) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    sizes = {"vocabulary": 300, "hidden": 32, "layers": 2}
+    write_answering_llama(directory / "model", **sizes, mean_tokens=mean_tokens)
+    return AutoModelForCausalLM.from_pretrained(directory / "model").eval()
 
 
 def test_batches_keep_their_pairs_when_they_are_sorted() -> None:
