@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--peer-batch-sizes", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--searched", type=int, default=256, help="prompts for each setting of the peer")
+    parser.add_argument("--peer-batch-sizes", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--searched", type=int, default=128, help="prompts for each setting of the peer")
     parser.add_argument("--checked", type=int, default=8, help="prompts that both answer greedily")
     parser.add_argument("--python", help="interpreter with vLLM; left out: as generation.python=null")
     parser.add_argument("--seed", type=int, default=0)
@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         _write_prompts(place / "checked", options, options.checked)
         in_a_process(_check_greedy, place, options)
         searched, batch_size, cache = in_a_process(_search, place, options)
+        print("peer, tokens/s:", ", ".join(f"{rate:.0f} ({name})" for name, rate in searched.items()))
         runs = take_turns(
             {
                 OURS: (_ours, (place, options)),

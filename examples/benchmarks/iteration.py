@@ -42,17 +42,17 @@ _TOLERANCE = 1e-3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes of model and data, and settings of the peer."""
-    parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--scale", type=float, default=0.5, help="factor for the lengths of chats")
-    parser.add_argument("--tokens", type=int, default=256, help="of an answer, at most")
-    parser.add_argument("--mean-tokens", type=float, default=150, help="of an answer without limit")
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--scale", type=float, default=0.25, help="factor for the lengths of chats")
+    parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most")
+    parser.add_argument("--mean-tokens", type=float, default=75, help="of an answer without limit")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--global-batch-size", type=int, default=64)
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--peer-micro-batch-size", type=int, default=2, help="pairs")
-    parser.add_argument("--peer-batch-size", type=int, default=128, help="of transformers' generate")
+    parser.add_argument("--peer-micro-batch-size", type=int, default=4, help="pairs")
+    parser.add_argument("--peer-batch-size", type=int, default=64, help="of transformers' generate")
     parser.add_argument("--peer-cache", default="static", help="of transformers' generate")
     parser.add_argument("--python", help="interpreter with vLLM; left out: as generation.python=null")
     parser.add_argument("--seed", type=int, default=0)

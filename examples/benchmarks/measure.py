@@ -29,7 +29,10 @@ def take_turns(
     runs: dict[str, list[Run]] = {name: [] for name in alternatives}
     for _ in range(repeats):
         for name, (function, arguments) in alternatives.items():
-            runs[name].append(in_a_process(function, *arguments))
+            measured = in_a_process(function, *arguments)
+            runs[name].append(measured)
+            if "seconds" in measured:
+                print(f"{name}: {measured['seconds']:.2f} s", flush=True)
     return runs
 
 
