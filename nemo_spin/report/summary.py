@@ -116,7 +116,11 @@ def _models(run: RunSource, parts: list[dict[str, Any]]) -> list[dict[str, Any]]
     first = parts[0] if parts else {}
     models = [_model("θ0", None, first.get("opponent_evaluation", {}))]
     if first.get("iteration") is not None:
-        models[0]["values"]["real_perplexity"] = _perplexity(first["training"], "opponent")
+        of_theta_0 = _real_logps(first["training"], "opponent")
+        models[0]["values"] |= {
+            "policy_real_logps_per_token": of_theta_0,
+            "real_perplexity": _perplexity(of_theta_0),
+        }
     for part in parts:
         number = 1 if part["iteration"] is None else part["iteration"] + 1
         models.append(_model(f"θ{number}", part, part["evaluation"]))
@@ -159,7 +163,7 @@ def _model(label: str, part: Mapping[str, Any] | None, evaluation: Mapping[str, 
                 "policy_generated_logps_per_token",
             )
         },
-        "real_perplexity": _perplexity(training, "policy"),
+        "real_perplexity": _perplexity(_real_logps(training, "policy")),
         "train_loss": training.get("loss"),
         "train_margin": training.get("margin"),
         "train_accuracy": training.get("accuracy"),
@@ -171,14 +175,19 @@ def _model(label: str, part: Mapping[str, Any] | None, evaluation: Mapping[str, 
     return {"label": label, "values": values}
 
 
-def _perplexity(training: Mapping[str, Any], player: str) -> float | None:
-    """Of the held-out demonstrations under the policy or its opponent; None where it was not measured."""
+def _real_logps(training: Mapping[str, Any], player: str) -> float | None:
+    """Per token, of the held-out demonstrations under `policy` or `opponent`; None where not measured."""
     sums = training.get(f"heldout_{player}_real_logps")
     policy, per_token = (training.get(f"heldout_policy_real_logps{of}") for of in ("", "_per_token"))
     if not isinstance(sums, float) or not isinstance(policy, float) or not isinstance(per_token, float):
         return None
-    exponent = -per_token * sums / policy if policy else 0.0
-    return math.exp(exponent) if exponent < _LARGEST_EXPONENT else math.inf
+    return per_token * sums / policy if policy else 0.0
+
+
+def _perplexity(real_logps: float | None) -> float | None:
+    if real_logps is None:
+        return None
+    return math.exp(-real_logps) if -real_logps < _LARGEST_EXPONENT else math.inf
 
 
 def _times(times: Mapping[str, StageTime]) -> dict[str, dict[str, float]]:

@@ -42,6 +42,7 @@ def test_a_run_in_numbers(tmp_path: Path) -> None:
     per_token = training["heldout_policy_real_logps_per_token"]
     assert run["models"][1]["values"]["real_perplexity"] == pytest.approx(math.exp(-per_token))
     ratio = training["heldout_opponent_real_logps"] / training["heldout_policy_real_logps"]
+    assert run["models"][0]["values"]["policy_real_logps_per_token"] == pytest.approx(per_token * ratio)
     assert run["models"][0]["values"]["real_perplexity"] == pytest.approx(math.exp(-per_token * ratio))
     assert run["models"][3]["values"]["seconds"] == 310 + 95 + 900 + 21 + 64
     assert [part["curves"]["steps"] for part in run["parts"]] == [20, 20, 20]
