@@ -29,6 +29,7 @@ WRONG_ROLES = "wrong roles"
 NOT_TEXT = "content is not text"
 EMPTY_PROMPT = "empty prompt"
 NO_RESPONSE = "no response"
+OTHER_PROMPT = "generated answers another prompt"
 NO_ID = "no id"
 SEVERAL_ROUNDS = "several rounds in one prompt_template"
 TEMPLATE_REFUSED = "refused by the chat template"
@@ -93,11 +94,14 @@ def given_conversation(row: Mapping[str, Any], messages: Sequence[Message]) -> l
         messages: Its conversation, as `conversation_of` gives it.
 
     Raises:
-        RefusedError: There is no such answer.
+        RefusedError: There is no such answer, or it follows another prompt.
     """
     given = _messages(_column(row, "generated"))
     if given[-1]["role"] != "assistant":
         raise RefusedError(NO_RESPONSE, "generated does not end with the assistant's answer")
+    prompts = [turn["content"].strip() for turn in given[-2:-1]]
+    if prompts and prompts != [messages[-2]["content"].strip()]:
+        raise RefusedError(OTHER_PROMPT, prompts[0][:40])
     return [*messages[:-1], given[-1]]
 
 

@@ -7,7 +7,14 @@ import pytest
 
 from nemo_spin.config.schema import DataConfig
 from nemo_spin.data import rows
-from nemo_spin.data.rows import RefusedError, conversation_of, needed_columns, row_id, with_system_prompt
+from nemo_spin.data.rows import (
+    RefusedError,
+    conversation_of,
+    given_conversation,
+    needed_columns,
+    row_id,
+    with_system_prompt,
+)
 
 USER = {"role": "user", "content": "Q"}
 ANSWER = {"role": "assistant", "content": "A"}
@@ -41,6 +48,21 @@ def test_prompt_response_columns_are_configurable() -> None:
 def test_spin_rows_use_the_real_side_only() -> None:
     row = {"real": [USER, ANSWER], "generated": [USER, {"role": "assistant", "content": "machine"}]}
     assert conversation_of(row, DataConfig(format="spin")) == [USER, ANSWER]
+
+
+def test_an_answer_that_came_with_a_row_belongs_to_its_prompt() -> None:
+    machine = {"role": "assistant", "content": "machine"}
+    for given in ([USER, machine], [machine], [{"role": "user", "content": " Q\n"}, machine]):
+        assert given_conversation({"generated": given}, [USER, ANSWER]) == [USER, machine]
+    other = [{"role": "user", "content": "Q of another row"}, machine]
+    for given, reason in (
+        (other, rows.OTHER_PROMPT),
+        ([USER], rows.NO_RESPONSE),
+        (None, rows.NOT_A_CONVERSATION),
+    ):
+        with pytest.raises(RefusedError) as caught:
+            given_conversation({"generated": given}, [USER, ANSWER])
+        assert caught.value.reason == reason
 
 
 def test_text_may_come_as_bytes_and_as_parts() -> None:
