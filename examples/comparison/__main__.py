@@ -6,6 +6,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from examples.benchmarks.machine import machine
 from examples.comparison.arms import Row, run_arms
 from examples.comparison.plan import SEARCH, SEARCH_SEED, SEEDS, TABLE
-from examples.comparison.table import tables
+from examples.comparison.plot import write_plot
+from examples.comparison.table import compared, tables
 from examples.comparison.world import SIZES, SMALL, SMALL_OVERRIDES, make_base, world
 
 PLANS = {"table": TABLE, "search": SEARCH}
@@ -55,12 +57,26 @@ def _read(path: Path) -> list[Row]:
     return [json.loads(line) for line in lines]
 
 
-def write(path: Path, plan: str, rows: list[Row]) -> None:
-    """Everything about a run; a line for each row of results."""
+def read_results(path: Path) -> list[Row]:
+    """The rows of a file that `write` wrote."""
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def write(path: Path, plan: str, rows: list[Row], seconds: float | None) -> None:
+    """Everything about a run; a line for each row of results.
+
+    Args:
+        path: JSON file.
+        plan: Its name.
+        rows: Of all seeds.
+        seconds: What it took in one go; None: in pieces.
+    """
     plan_of = [
         {"regime": asdict(regime), "arms": [asdict(arm) for arm in arms]} for regime, arms in PLANS[plan]
     ]
-    head = json.dumps({"machine": machine(threads=1), "plan": plan_of}, indent=1)[:-2]
+    about = {"machine": machine(threads=1), "seconds": seconds and round(seconds), "plan": plan_of}
+    head = json.dumps(about, indent=1)[:-2]
     body = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     path.write_text(f'{head},\n "rows": [\n{body}\n ]\n}}\n', encoding="utf-8")
 
@@ -78,10 +94,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.plan == "show":
         for plan in PLANS:
-            rows = json.loads((RESULTS / f"{plan}.json").read_text(encoding="utf-8"))["rows"]
-            print(f"# {plan}\n\n{tables(rows, failures=plan == 'table')}\n")
+            rows = read_results(RESULTS / f"{plan}.json")
+            print(f"# {plan}\n\n{tables(rows, whole=plan == 'table')}\n")
         return
     out = options.out or Path("runs", "comparison-small" if options.small else "comparison")
+    started = None if out.exists() else time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     make_base(out / "base", *sizes_of(options.small))
@@ -94,8 +111,16 @@ def main(arguments: list[str] | None = None) -> None:
         with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
             found = list(pool.map(run_seed, *zip(*jobs, strict=True)))
     rows = [row for each in found for row in each]
-    write(out / f"{options.plan}.json", options.plan, rows)
-    print(f"\n{tables(rows, failures=options.plan == 'table')}\n\nwritten to {out / f'{options.plan}.json'}")
+    seconds = None if started is None else time.monotonic() - started
+    path = out / f"{options.plan}.json"
+    write(path, options.plan, rows, seconds)
+    print(f"\n{tables(rows, whole=options.plan == 'table')}\n\nwritten to {path}")
+    if options.plan == "table":
+        write_plot(path.with_suffix(".svg"), rows)
+    if not options.small:
+        print(compared(rows, read_results(RESULTS / path.name)))
+    if seconds is not None:
+        print(f"in {seconds / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

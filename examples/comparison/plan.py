@@ -12,6 +12,8 @@ SEARCH_SEED = QUICKSTART_SEED  # none of those that are reported
 
 QUICKSTART = Regime()
 WRONG = Regime("a quarter wrong", mistakes=0.25)
+# theta_0 has seen each of them 16 times: fine-tuning on them again is to repeat what it knows
+FEW = Regime("128 demonstrations", demonstrations=128, sft=("sft.epochs=16",))
 
 
 def fine_tuning(as_long_as: str, lr: str = "1e-4") -> Arm:
@@ -59,9 +61,12 @@ TABLE: Sequence[tuple[Regime, Sequence[Arm]]] = (
     ),
 )
 
-# Self-play by what differs from the quickstart, two iterations each.
+# Self-play by what differs from the quickstart; two iterations each where that is not it.
+_FOUR, _SIXTEEN = "generation.num_generations=4", "generation.num_generations=16"
 _ONE = ("spin.beta=1.0", "spin.beta=0.1", "spin.beta=0.3 spin.lr=3e-4", "spin.beta=10.0")
-_FOUR = "generation.num_generations=4"
+_LOSSES = tuple(f"spin.loss={loss}" for loss in ("hinge", "exponential", "correlation", "ipo"))
+_OPTIONS = ("spin.length_normalized=true spin.beta=10.0", "spin.sft_weight=1.0")
+_SIX = "spin.iterations=6 spin.epochs=4"
 
 
 def _tried(*differences: str) -> list[Arm]:
@@ -70,12 +75,20 @@ def _tried(*differences: str) -> list[Arm]:
 
 
 SEARCH: Sequence[tuple[Regime, Sequence[Arm]]] = (
-    (QUICKSTART, _tried(*_ONE)),
+    (QUICKSTART, _tried(*_ONE, *_LOSSES, *_OPTIONS)),
     (
         WRONG,
         (
             *_tried(*_ONE, "spin.beta=0.3", _FOUR, f"{_FOUR} spin.beta=0.3"),
             *(fine_tuning(_FOUR, lr) for lr in ("1e-4", "3e-4", "1e-3")),
+        ),
+    ),
+    (
+        FEW,
+        (
+            *_tried(f"{_FOUR} {_SIX}", f"{_SIXTEEN} {_SIX}"),
+            *(fine_tuning(f"{_FOUR} {_SIX}", lr) for lr in ("1e-4", "3e-5")),
+            fine_tuning(f"{_SIXTEEN} {_SIX}"),
         ),
     ),
 )

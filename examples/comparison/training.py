@@ -153,6 +153,7 @@ def scored(model: Any, rows: pa.Table) -> pa.Table:
 
 def _objective(config: Config, iteration: int) -> Objective:
     spin = config.spin
+    assert not spin.opponent_mix, "nothing here scores rows with theta_0"
     return build_objective(
         loss=spin.loss,
         beta=float(at_iteration(spin.beta, iteration)),

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pyarrow as pa
 import pytest
@@ -20,7 +22,8 @@ import torch
 from examples.comparison import player, training
 from examples.comparison.arms import kind_of, run_arms
 from examples.comparison.plan import SEARCH, TABLE
-from examples.comparison.table import tables
+from examples.comparison.plot import lines_of, write_plot
+from examples.comparison.table import compared, greedy, tables
 from examples.comparison.world import SMALL, SMALL_OVERRIDES, make_base, world
 from nemo_spin.data.datasets import REAL_ONLY, Units
 from nemo_spin.objective.objective import build_objective
@@ -39,6 +42,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[st
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads((out / "table.json").read_text())
+    assert written["seconds"] is None or written["seconds"] > 0
+    ElementTree.parse(out / "table.svg")
     assert written["machine"]["versions"]["torch"]
     assert [entry["regime"]["name"] for entry in written["plan"]] == [regime.name for regime, _ in TABLE]
     return done.stdout, written["rows"]
@@ -187,8 +192,30 @@ def test_the_readme_shows_the_results_that_lie_beside_it(name: str, plan: Any) -
     wanted = {(regime.name, arm.name) for regime, arms in plan for arm in arms}
     assert wanted == {(row["regime"], row["arm"]) for row in rows}
     readme = (EXAMPLE / "README.md").read_text()
-    for line in tables(rows, failures=name == "table").splitlines():
+    for line in tables(rows, whole=name == "table").splitlines():
         assert line in readme, line
+
+
+def test_the_plot_is_of_the_results_that_lie_beside_it(tmp_path: Path) -> None:
+    rows = json.loads((EXAMPLE / "results" / "table.json").read_text())["rows"]
+    write_plot(tmp_path / "table.svg", rows)
+    assert (tmp_path / "table.svg").read_text() == (EXAMPLE / "results" / "table.svg").read_text()
+    lines = lines_of([row for row in rows if row["regime"] == "quickstart"], greedy)
+    assert [round(point.steps) for point in lines["fine-tuning"]] == [0, 32, 51, 105]
+    of_seeds = [row["greedy"] for row in rows if row["arm"] == "theta_0" and row["regime"] == "quickstart"]
+    start = lines["self-play"][0]
+    assert (start.mean, start.deviation) == pytest.approx(
+        (statistics.mean(of_seeds), statistics.stdev(of_seeds))
+    )
+
+
+def test_a_run_says_which_rows_are_those_of_an_earlier_one() -> None:
+    rows = json.loads((EXAMPLE / "results" / "table.json").read_text())["rows"]
+    assert compared(rows, rows).startswith(f"{len(rows)} of {len(rows)} rows")
+    moved = [{**rows[0], "greedy": rows[0]["greedy"] - 0.25}, {**rows[1], "seed": 9}, *rows[2:5]]
+    first, line = compared(moved, rows).splitlines()
+    assert first.startswith("3 of 5 rows")
+    assert line == "  seed 1235: quickstart: theta_0: sampled +0, greedy -0.25"
 
 
 def test_the_main_readme_s_rows_are_those_results() -> None:
