@@ -36,7 +36,7 @@ def assert_trained_on_history(run_dir: Path, *, iterations: int, epochs: int, hi
         if number:
             weights = run.iteration(number - 1).model / "model.safetensors"
             assert (here.opponent / weights.name).read_bytes() == weights.read_bytes()
-        chosen = rows.take(range(0, rows.num_rows, -(-rows.num_rows // _SCORED_ROWS)))
+        chosen = rows.take(list(range(0, rows.num_rows, -(-rows.num_rows // _SCORED_ROWS))))
         with torch.no_grad():
             expected = reference.logps(reference.load(here.opponent), chosen)
         for column, name in enumerate(("opponent_real_logps", "opponent_generated_logps")):
