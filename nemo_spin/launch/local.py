@@ -122,13 +122,8 @@ class LocalJob:
         self._logs = [job.log_dir / f"{stem}.rank_{place.rank}.log" for place in share.places]
         self._offsets = [log.stat().st_size if log.exists() else 0 for log in self._logs]
         self._failures = [log.with_suffix(".failure.json") for log in self._logs]
-        self._guard = subprocess.Popen(
-            ["/bin/sh", "-c", _GUARD],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            process_group=0,
-        )
+        self._guard = _start_guard(group=0)
+        self._later_guards: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(len(share.places)):
                 self._ranks.append(self._start_rank(rank))
@@ -146,6 +141,7 @@ class LocalJob:
             self._timed_out = True
             self._end_group()
         if not self._all_ended():
+            self._renew_guard()
             return None
         self._sweep()
         first = self._first_failure()
@@ -252,12 +248,20 @@ class LocalJob:
             if self._guard.returncode is None:  # not reaped: the group's number is still ours
                 os.killpg(self._guard.pid, number)
 
+    def _renew_guard(self) -> None:
+        """Starts another guard where somebody killed it; the first, not reaped, keeps the group's number."""
+        last = [self._guard, *self._later_guards][-1]
+        with self._changed:
+            if self._guard.returncode is None and _has_ended(last):
+                self._later_guards.append(_start_guard(group=self._guard.pid))
+
     def _sweep(self) -> None:
         """Ends the guard, and whatever children the ranks left behind."""
         with self._changed:
             self._signal_group(signal.SIGKILL)
-            self._guard.wait()
-            _close(self._guard.stdin)
+            for guard in (*self._later_guards, self._guard):
+                guard.wait()
+                _close(guard.stdin)
             if self._port is not None:
                 self._port.close()
             for failure in (
@@ -284,6 +288,22 @@ class LocalJob:
         note = read_note(self._failures[rank])
         reason = f" ({note['type']}: {note['message']})" if note and note["type"] != "SystemExit" else ""
         return f"ended with exit code {code}{reason}"
+
+
+def _start_guard(group: int) -> subprocess.Popen[bytes]:
+    """A process that kills its group when this process ends; `group` 0: a new one."""
+    return subprocess.Popen(
+        ["/bin/sh", "-c", _GUARD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        process_group=group,
+    )
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a child has ended, without taking its end from whoever waits for it."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def inherited_environment() -> dict[str, str]:

@@ -296,6 +296,15 @@ def test_a_log_directory_that_cannot_be_made_is_a_typed_error(make_job: MakeJob,
         LocalLauncher().start(job)
 
 
+def guards_of(group: int) -> list[int]:
+    """The shells that watch over a group, while they are alive."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,pgid=,stat=,comm="], capture_output=True, text=True)
+    rows = [line.split() for line in listed.stdout.splitlines()]
+    return [
+        int(pid) for pid, pgid, state, name in rows if int(pgid) == group and name == "sh" and state[0] != "Z"
+    ]
+
+
 _PARENT = """
 import sys, time
 from pathlib import Path
@@ -303,17 +312,18 @@ from nemo_spin.launch.local import LocalLauncher
 from nemo_spin.selfplay.launcher import Job
 
 place = Path(sys.argv[1])
-LocalLauncher().start(
+running = LocalLauncher().start(
     Job(
         name="train", module="stage_body", arguments=(str(place),), ranks=2, log_dir=place / "logs",
         progress_path=place / "progress.jsonl", omp_num_threads=1, timeout_s=600,
     )
 )
-time.sleep(600)
+while running.poll() is None:
+    time.sleep(0.05)
 """
 
 
-@pytest.mark.parametrize("victim", ["parent", "guard and parent"])
+@pytest.mark.parametrize("victim", ["parent", "guard and parent", "guards, later parent"])
 def test_ranks_and_their_children_die_with_a_killed_parent(
     make_job: MakeJob, tmp_path: Path, victim: str
 ) -> None:
@@ -334,6 +344,13 @@ def test_ranks_and_their_children_die_with_a_killed_parent(
         if victim == "parent":
             parent.kill()
             await_death([*ranks, *children, guard], timeout_s=5)
+        elif victim == "guards, later parent":
+            for _ in range(2):
+                for pid in guards_of(guard):
+                    os.kill(pid, signal.SIGKILL)
+                time.sleep(0.5)
+            parent.kill()
+            await_death([*ranks, *children, *guards_of(guard)], timeout_s=5)
         else:  # the kernel alone looks after the ranks
             os.kill(guard, signal.SIGKILL)
             parent.kill()
