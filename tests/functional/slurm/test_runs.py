@@ -16,7 +16,8 @@ from tests.functional.commands import REPOSITORY, VLLM_PYTHON, environment, nemo
 from tests.functional.slurm.cluster import Cluster
 
 NAME = "a \"b' $(touch harm);#"  # of the job and of its directory
-STAGES = ("prepare", "generate", "score", "train", "export", "evaluate")
+# After how many seconds a node is lost: of small stages, some have to start processes first.
+STAGES = {"prepare": 0.0, "generate": 0.0, "score": 2.0, "train": 4.0, "export": 2.0, "evaluate": 1.0}
 SFT = ("pretrain", "sft")  # configurations of the quickstart that lead to theta_0
 
 
@@ -163,15 +164,19 @@ def test_the_quickstart_loses_a_node_in_every_stage_and_meets_its_time_limit(
         settings.append(f"generation.python={VLLM_PYTHON}")
     run_dir = quickstart / "spin"
     job = ["launcher.slurm.time='00:02:00'", "launcher.slurm.signal_s=40", "launcher.preemption_grace_s=30"]
-    job += ["trainer.num_nodes=2", "trainer.devices=1", "launcher.slurm.environment={GLOO_SOCKET_IFNAME: lo}"]
+    job += [
+        "trainer.num_nodes=2",
+        "trainer.devices=1",
+        "trainer.accelerator=cpu",
+        "launcher.slurm.environment={GLOO_SOCKET_IFNAME: lo}",
+    ]
     command = ["-m", "nemo_spin.cli", "slurm", "--submit", "--config", str(config), *job, *settings]
     variable = f"QUICKSTART_DIR={quickstart}"
     number = cluster.ask("env", variable, sys.executable, *command, cwd=REPOSITORY).rpartition(" ")[2]
     for stage, node in zip(STAGES, ("node1", "node2") * 3, strict=True):
         name = stage if stage == "prepare" else f"iter_00/{stage}"
-        wait(cluster, run_dir, lambda name=name: state(run_dir, name) == "running")
-        if stage != "prepare":  # which has no processes of its own
-            time.sleep(2)  # its processes are there
+        wait(cluster, run_dir, lambda name=name: state(run_dir, name) == "running", timeout_s=400)
+        time.sleep(STAGES[stage])
         cluster.kill_node(node)
         assert state(run_dir, name) == "running", f"{stage} was over before {node} was off"
         wait(cluster, run_dir, lambda: cluster.job(number)["JobState"] == "PENDING")
