@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _SBIN = "/usr/sbin"  # not in everybody's PATH
+_ASKED = 10  # times
 _CONF = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -143,11 +144,13 @@ class Cluster:
         return []
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm knows about a job; empty once it has forgotten it."""
-        with contextlib.suppress(AssertionError):
-            words = self.ask("scontrol", "show", "job", "-o", number).split()
-            return dict(word.split("=", 1) for word in words if "=" in word)
-        return {}
+        """What Slurm knows about a job, asked again where it is too busy to say."""
+        for _ in range(_ASKED):
+            with contextlib.suppress(AssertionError):
+                words = self.ask("scontrol", "show", "job", "-o", number).split()
+                return dict(word.split("=", 1) for word in words if "=" in word)
+            time.sleep(1)
+        raise AssertionError(f"Slurm does not say what became of job {number}; logs in {self.place}")
 
     def stop(self) -> None:
         """Ends everything that was started here."""
