@@ -119,10 +119,19 @@ def build_optimizer(
     )
     with torch.no_grad():  # slices of float32 weights with a graph would keep the model alive for ever
         optimizer = get_megatron_optimizer(config, wrapped, use_gloo_process_groups=False)
-    if optim.name == "rmsprop":
-        for part in optimizer_parts(optimizer):
+    for part in optimizer_parts(optimizer):
+        if optim.name == "rmsprop":
             _put_rmsprop(part, optim)
+        else:
+            _fuse_on_cpu(part.optimizer)
     return optimizer
+
+
+def _fuse_on_cpu(adam: Any) -> None:
+    """Has PyTorch's own Adam update each weight in one pass, and without copies of it for the terms."""
+    if isinstance(adam, torch.optim.Adam) and not torch.cuda.is_available():
+        for group in adam.param_groups:
+            group["fused"] = True
 
 
 def _put_rmsprop(part: Any, optim: OptimConfig) -> None:
