@@ -295,8 +295,7 @@ def layer_activation_bytes(
     embeddings, a gated MLP, and attention that keeps its inputs, its output and one normaliser for
     each query and head instead of scores [D]. `none` keeps, in numbers of each token:
 
-        norms       2 x (input, normalised output); our own norm under the local layers also
-                    keeps the float32 copy or the value before its weight
+        norms       2 x (input, normalised output)
         attention   (2 N + 3 G) D / t: rotated queries and keys, and the projection that the values
                     are a view of; 2 N D / t: the output, and the copy that is projected (one
                     without packing); 4 D: the sines and cosines of queries and keys
@@ -314,10 +313,9 @@ def layer_activation_bytes(
     own_tokens = tokens / (t if layout.sequence_parallel else 1)
     if recompute == "full":
         return own_tokens * h * a
-    norm = 2 * a if numerics.transformer_engine else 2 * a + _MAIN
-    kept = own_tokens * 2 * norm * h
+    kept = own_tokens * 2 * 2 * a * h
     if shape.qk_norm:
-        kept += tokens * (shape.query_size + shape.key_size) / t * (norm - a)
+        kept += tokens * (shape.query_size + shape.key_size) / t * a
     attends_again = recompute == "selective" and "core_attn" in layout.recompute_modules
     keeps_gathered = layout.context > 1 and not attends_again
     own = 2 * shape.query_size + 3 * shape.key_size
@@ -390,9 +388,8 @@ def head_activation_bytes(
 ) -> float:
     """Kept for the backward pass: the last norm's, and the states of `predicting` positions."""
     a, h = numerics.bytes_per_number, shape.hidden_size
-    norm = 2 * a if numerics.transformer_engine else 2 * a + _MAIN
     own = work.slots / layout.context / (layout.tensor if layout.sequence_parallel else 1)
-    return own * norm * h + predicting / layout.context * h * a
+    return own * 2 * a * h + predicting / layout.context * h * a
 
 
 def _backward_temporaries(shape: ModelShape, layout: ParallelLayout, work: Work, numerics: Numerics) -> float:

@@ -38,11 +38,40 @@ class RMSNorm(MegatronModule):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalises the last axis; same shape and dtype as the input."""
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        if self.config.layernorm_zero_centered_gamma:
-            return (x * (1.0 + self.weight.float())).to(hidden_states.dtype)
-        return self.weight * x.to(hidden_states.dtype)
+        zero_centered = bool(self.config.layernorm_zero_centered_gamma)
+        result: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.eps, zero_centered)
+        return result
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and one number for each of its rows; the normalised x is formed again in the backward pass.
+
+    With n = x / r, r = sqrt(mean(x^2) + eps), and u = w dL/dy: dL/dx = (u - n mean(u n)) / r.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
+        values = x.float()
+        inverse = torch.linalg.vector_norm(values, dim=-1, keepdim=True).square_()
+        inverse.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.zero_centered = zero_centered
+        normalised = values * inverse
+        if zero_centered:
+            return normalised.mul_(1.0 + weight.float()).to(x.dtype)
+        return normalised.to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        grad, normalised = grads[0].float(), x.float() * inverse
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normalised).flatten(0, -2).sum(0).to(weight.dtype)
+        passed = grad * (1.0 + weight.float() if ctx.zero_centered else weight.float())
+        mean = (passed * normalised).mean(-1, keepdim=True)
+        grad_x = passed.addcmul_(normalised, mean, value=-1.0).mul_(inverse)
+        return grad_x.to(x.dtype), grad_weight, None, None
 
 
 class LayerNorm(MegatronModule):

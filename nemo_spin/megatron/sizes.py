@@ -173,14 +173,13 @@ class ParallelLayout:
 
 @dataclass(frozen=True)
 class Numerics:
-    """Bytes of a parameter and of an activation, the optimizer, and whose layers these are.
+    """Bytes of a parameter and of an activation, and the optimizer.
 
     `offloaded` is the share of main weights and optimizer state that the host's memory holds.
     """
 
     bytes_per_number: int = 2  # bf16; 4: float32
     optimizer: str = "rmsprop"
-    transformer_engine: bool = True
     vocabulary_multiple: int = GPU_VOCABULARY_MULTIPLE
     offloaded: float = 0.0
     lora_rank: int | None = None  # null: all weights are trained

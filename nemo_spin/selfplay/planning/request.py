@@ -118,7 +118,6 @@ def make_request(
         numerics=Numerics(
             bytes_per_number=4 if config.trainer.precision == "32" else 2,
             optimizer=model.optim.name,
-            transformer_engine=model.transformer_impl != "local",
             offloaded=model.optimizer_offload_fraction if model.optimizer_cpu_offload else 0.0,
             lora_rank=model.lora.rank,
             lora_targets=targets_of(model.lora, gated=True),  # a gate that is not there counts nothing

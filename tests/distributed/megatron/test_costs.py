@@ -71,7 +71,6 @@ def compare(
     numerics = Numerics(
         bytes_per_number=2 if half else 4,
         optimizer=optimizer,
-        transformer_engine=False,
         vocabulary_multiple=1,
     )
     model = {
@@ -167,7 +166,7 @@ def test_activations_of_other_packings(models: Any, packing: str) -> None:
 def test_what_is_computed_again_is_there_in_full_for_a_while(models: Any, layout: ParallelLayout) -> None:
     """By the time something is computed again the head's share is gone; the plan adds it all the same."""
     shape = shape_of(architecture_of(models()))
-    numerics = Numerics(bytes_per_number=4, transformer_engine=False, vocabulary_multiple=1)
+    numerics = Numerics(bytes_per_number=4, vocabulary_multiple=1)
     head = head_activation_bytes(shape, layout, PAIRS, numerics, predicting=REAL + GENERATED)
     for found, predicted in compare(models(), layout, PAIRS):
         check_weights(found, predicted)

@@ -38,10 +38,9 @@ def test_lengths_come_from_the_limits_unless_they_are_given() -> None:
 
 def test_precision_and_optimizer() -> None:
     assert request().numerics.bytes_per_number == 2
-    numerics = request("trainer.precision=32", "model.optim.name=adam", "model.transformer_impl=local")
+    numerics = request("trainer.precision=32", "model.optim.name=adam")
     assert numerics.numerics.bytes_per_number == 4
     assert numerics.numerics.optimizer == "adam"
-    assert not numerics.numerics.transformer_engine
 
 
 def test_the_longest_iteration_counts() -> None:
