@@ -3,8 +3,9 @@
 Both do what `epoch` says, each in a process of its own, in turns. The peer's pairs are sorted by length
 inside of each batch, so that it pads least; its microbatch size is the fastest of those that are
 tried on a few pairs, where losses must agree to 1e-3 before anything is timed, and then in all
-steps. It runs with the reference's log-probabilities computed before (`precompute_ref_log_probs`) and
-with a second model in every step; what counts is the faster of both. Needs `pip install trl`.
+steps (a single size is not tried). It runs with the reference's log-probabilities computed before
+(`precompute_ref_log_probs`) and with a second model in every step; what counts is the faster of both.
+Needs `pip install trl`.
 """
 
 from __future__ import annotations
@@ -70,14 +71,8 @@ def _one_kind(kind: str, model: Path, place: Path, options: argparse.Namespace) 
     """The table of one kind of lengths."""
     pairs = sorted_within_batches(_pairs(kind, options), options.global_batch_size)
     whole = _epoch(model, pairs, place / f"{kind}.parquet", options)
-    few = _epoch(model, pairs.slice(0, options.tried_pairs), place / f"{kind}-few.parquet", options)
-    few = replace(few, global_batch_size=max(1, options.tried_pairs // 2))  # two steps
-    tried: dict[str, tuple[Any, tuple[Any, ...]]] = {OURS: (by_nemo_spin, (few, options.micro_batch_tokens))}
-    tried |= {str(size): (by_trl, (few, size, True)) for size in options.peer_micro_batch_sizes}
-    found = take_turns(tried, 1)
-    check_same(found)
-    seconds = {size: found[str(size)][0]["seconds"] for size in options.peer_micro_batch_sizes}
-    size = min(seconds, key=lambda one: seconds[one])
+    tried = _tried(kind, model, pairs, place, options)
+    size = min(tried, key=lambda one: tried[one])
     ways = {
         OURS: (by_nemo_spin, (whole, options.micro_batch_tokens)),
         _PRECOMPUTED: (by_trl, (whole, size, True)),
@@ -87,7 +82,23 @@ def _one_kind(kind: str, model: Path, place: Path, options: argparse.Namespace) 
     check_same(runs)
     title = f"{kind} lengths, {options.pairs} pairs, hidden {options.hidden}, {options.layers} layers"
     results = _report(runs, f"{title}, TRL's microbatches of {size}; {options.repeats} turns")
-    return results | {"tried_micro_batch_sizes": {str(size): value for size, value in seconds.items()}}
+    return results | {"tried_micro_batch_sizes": {str(size): value for size, value in tried.items()}}
+
+
+def _tried(
+    kind: str, model: Path, pairs: pa.Table, place: Path, options: argparse.Namespace
+) -> dict[int, float]:
+    """Seconds of the peer on a few pairs by microbatch size, once losses agree; of a single one nothing."""
+    sizes = options.peer_micro_batch_sizes
+    if len(sizes) == 1:
+        return {sizes[0]: 0.0}
+    few = _epoch(model, pairs.slice(0, options.tried_pairs), place / f"{kind}-few.parquet", options)
+    few = replace(few, global_batch_size=max(1, options.tried_pairs // 2))  # two steps
+    ways: dict[str, tuple[Any, tuple[Any, ...]]] = {OURS: (by_nemo_spin, (few, options.micro_batch_tokens))}
+    ways |= {str(size): (by_trl, (few, size, True)) for size in sizes}
+    found = take_turns(ways, 1)
+    check_same(found)
+    return {size: found[str(size)][0]["seconds"] for size in sizes}
 
 
 def _epoch(model: Path, pairs: pa.Table, path: Path, options: argparse.Namespace) -> Epoch:
