@@ -56,7 +56,19 @@ FAULTS: tuple[Fault, ...] = (
     _storage((errno.EROFS, errno.EACCES, errno.EPERM), "writing is not allowed", "open(2)", retry=False),
     Fault(r"gave no sign of life", True, "ranks hung", "selfplay/watchdog.py"),
     Fault(r"did not reach the phase|broke off in the phase", True, "ranks hung", "megatron/phases.py"),
-    Fault(r"(killed|ended) by SIGKILL|: Killed \(often", True, "a process was killed", "signal(7), srun(1)"),
+    Fault(
+        r"(killed|ended) by SIGKILL|: Killed \(often|srun: error: \S+: tasks? [\d,-]+: Killed",
+        True,
+        "a process was killed",
+        "signal(7), srun(1)",
+    ),
+    Fault(
+        r"srun: error: .*(Socket timed out on send/recv|Unable to contact slurm controller"
+        r"|Communication connection failure|Zero Bytes were transmitted|Node failure on)",
+        True,
+        "Slurm did not answer, or lost a node",
+        "slurm/slurm_errno.h, slurm_strerror(3); srun(1)",
+    ),
     Fault(r"ncclSystemError|ncclRemoteError", True, "the network of NCCL failed", _NCCL),
     Fault(
         r"Watchdog caught collective operation timeout",

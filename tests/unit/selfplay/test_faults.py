@@ -45,6 +45,12 @@ RETRIED = [
     "OSError: [Errno 116] Stale file handle",
     "generation: the sampler's process (at shard a.parquet): was ended by SIGKILL without saying why",
     "generation: answering a.parquet: not done after 3600 s; the sampler was ended",
+    "the sampler's process (at load m): ended with exit code 137\n  | srun: error: node2: task 0: Killed",
+    "srun ended with exit code 1\n  | srun: error: Task launch for StepId=7.2 failed on node node2: "
+    "Socket timed out on send/recv operation",
+    "  | srun: error: Unable to confirm allocation for job 7: Unable to contact slurm controller "
+    "(connect failure)",
+    "  | srun: error: Node failure on node2",
 ]
 STOPPED = [
     "ValueError: a defect of this package",
@@ -55,6 +61,7 @@ STOPPED = [
     "OSError: [Errno 28] No space left on device\n rank 0 was killed by SIGKILL",
     "PermissionError: [Errno 13] Permission denied",
     "it was not done after 86400 s, and was ended",
+    "  | srun: error: Unable to create step for job 7: More processors requested than permitted",
 ]
 
 
