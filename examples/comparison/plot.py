@@ -74,9 +74,9 @@ def _panel(
 ) -> list[str]:
     left, top = place
     points = [point for line in lines.values() for point in line]
-    last = max(point.steps for point in points)
+    last = max(1.0, *(point.steps for point in points))
     low = min(point.mean - point.deviation for point in points)
-    high = max(point.mean + point.deviation for point in points)
+    high = max(low + 0.01, *(point.mean + point.deviation for point in points))  # however flat
 
     def x(steps: float) -> float:
         return left + steps / last * _WIDTH
