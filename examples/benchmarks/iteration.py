@@ -127,7 +127,8 @@ def _result_of_ours(run_dir: Path, seconds: float) -> Run:
     times = {"generate_s": of["generate"], "train_s": of["score"] + of["train"]}
     sizes = pc.list_value_length(rows["generated_ids"]).to_numpy()
     given = [pc.sum(pc.list_value_length(rows[name])).as_py() for name in ("prompt_ids", "real_ids")]
-    return _result(seconds, times, sizes, given, first_loss=steps[0]["loss"])
+    measured = _result(seconds, times, sizes, given, first_loss=steps[0]["loss"])
+    return measured | {f"stage_{name}": took for name, took in of.items()}
 
 
 # ---- the peer ----
@@ -259,6 +260,10 @@ def _report(runs: dict[str, list[Run]], options: argparse.Namespace) -> dict[str
         f"{options.prompts} prompts, {options.epochs} epochs, hidden {options.hidden}, "
         f"{options.layers} layers; median (extremes) of {options.repeats} turns"
     )
+    stages = [name for name in runs[_OURS][0] if name.startswith("stage_")]
+    results["stages"] = {name.removeprefix("stage_"): summary(column(runs[_OURS], name)) for name in stages}
     headings = ["", "seconds", "generate", "(score and) train", "other", "tokens of an answer", "x ours"]
     show(title, headings, rows)
+    medians = (f"{name} {stage['median']:.1f}" for name, stage in results["stages"].items())
+    print(f"seconds of our stages: {', '.join(medians)}")
     return results

@@ -156,6 +156,7 @@ def test_an_iteration_does_what_the_official_steps_do(tmp_path: Path) -> None:
     sizes = ["--prompts", "16", "--tokens", "16", "--mean-tokens", "6", "--hidden", "64", "--layers", "2"]
     sizes += ["--vocabulary", "512", "--global-batch-size", "8", "--repeats", "1", "--scale", "0.1"]
     shown, written = benchmark("iteration", tmp_path / "iteration.json", *sizes)
+    assert {"prepare", "generate", "score", "train", "export"} <= written["results"].pop("stages").keys()
     assert len(written["results"]) == 3 and all(name in shown for name in written["results"])
     for result in written["results"].values():
         assert result["first_loss"]["median"] == pytest.approx(np.log(2), abs=1e-5)
