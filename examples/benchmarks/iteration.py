@@ -3,7 +3,8 @@
 The peer is `official_steps.py`: answers by `transformers` generate or by vLLM in a fresh process, text
 to parquet, DPOTrainer with a second model, save. All start with the same chats and weights, run
 the same epochs with the same batch size, RMSprop, schedule and beta, in float32 on the same
-threads, and end with a Hugging Face directory; every process counts from its start to its end. Ours
+threads, and end with a Hugging Face directory; every process counts from its start to its end, also
+with its CPU seconds, which say more where a machine has other work. Ours
 checks, hashes and reads back besides, and leaves a checkpoint to resume from and a report. Before
 times are shown: all prompts and demonstrations have the same tokens, the first loss is ln 2 in all, and
 the mean lengths of the answers agree within four standard errors. Needs `pip install trl`.
@@ -15,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -115,7 +117,7 @@ def _ours(place: Path, options: argparse.Namespace) -> Run:
         return _result_of_ours(Path(out, "run"), seconds)
 
 
-def _result_of_ours(run_dir: Path, seconds: float) -> Run:
+def _result_of_ours(run_dir: Path, seconds: tuple[float, float]) -> Run:
     from nemo_spin.data.columns import SCORED
     from nemo_spin.data.pairs import iter_shards
 
@@ -152,8 +154,9 @@ def _peer(place: Path, options: argparse.Namespace, generate: str) -> Run:
     sizes, trained = np.array(found[generate]["tokens"]), found["train"]
     closed = found[generate]["words"] + len(sizes)  # every answer gets an end again
     given = [trained["prompt_ids"], trained["chosen_ids"]]
-    times = {"generate_s": seconds[generate], "train_s": seconds["train"]}
-    measured = _result(sum(seconds.values()), times, sizes, given, first_loss=trained["losses"][0])
+    times = {"generate_s": seconds[generate][0], "train_s": seconds["train"][0]}
+    total, busy = (sum(step[index] for step in seconds.values()) for index in (0, 1))
+    measured = _result((total, busy), times, sizes, given, first_loss=trained["losses"][0])
     return measured | {"tokens_lost_as_text": closed - trained["rejected_ids"]}
 
 
@@ -192,8 +195,8 @@ def _settings(place: Path, options: argparse.Namespace) -> dict[str, Any]:
 # ---- both ----
 
 
-def _timed(python: str, module: Sequence[str], out: Path, threads: int) -> float:
-    """Seconds of `python -m MODULE ARGUMENTS`.
+def _timed(python: str, module: Sequence[str], out: Path, threads: int) -> tuple[float, float]:
+    """Seconds of `python -m MODULE ARGUMENTS`, and of CPUs in all its processes.
 
     Raises:
         SystemExit: It failed; its last words are in it.
@@ -202,24 +205,30 @@ def _timed(python: str, module: Sequence[str], out: Path, threads: int) -> float
     if python != sys.executable:
         environment.pop("PYTHONPATH", None)  # of another environment
     log = out / f"{module[0]}-{module[1]}.log"
-    start = time.perf_counter()
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     with log.open("wb") as stream:
         done = subprocess.run(
             [python, "-m", *module], cwd=_ROOT, env=environment, stdout=stream, stderr=stream, check=False
         )
-    seconds = time.perf_counter() - start
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SystemExit(f"{module[0]} {module[1]} failed:\n{log.read_text(errors='replace')[-3000:]}")
-    return seconds
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def _result(
-    seconds: float, times: dict[str, float], sizes: np.ndarray, given: Sequence[int], *, first_loss: float
+    seconds: tuple[float, float],
+    times: dict[str, float],
+    sizes: np.ndarray,
+    given: Sequence[int],
+    *,
+    first_loss: float,
 ) -> Run:
     return {
-        "seconds": seconds,
+        "seconds": seconds[0],
         **times,
-        "other_s": seconds - sum(times.values()),
+        "other_s": seconds[0] - sum(times.values()),
+        "cpu_s": seconds[1],
         "mean_tokens": float(sizes.mean()),
         "std_tokens": float(sizes.std()),
         "prompt_tokens": given[0],
@@ -247,21 +256,34 @@ def _check_same(runs: dict[str, list[Run]], prompts: int) -> None:
 
 
 def _report(runs: dict[str, list[Run]], options: argparse.Namespace) -> dict[str, Any]:
-    keys = ("seconds", "generate_s", "train_s", "other_s", "mean_tokens")
+    keys = ("seconds", "generate_s", "train_s", "other_s", "cpu_s", "mean_tokens")
     results: dict[str, Any] = {}
     rows = []
     for name, turns in runs.items():
         slower = ratios(turns, runs[_OURS], "seconds")
         results[name] = {key: summary(column(turns, key)) for key in (*keys, "first_loss")}
         results[name]["seconds_over_ours"] = summary(slower)
-        rows.append([name, *(spread(column(turns, key), 1) for key in keys), spread(slower)])
+        busier = ratios(turns, runs[_OURS], "cpu_s")
+        results[name]["cpu_over_ours"] = summary(busier)
+        values = (spread(column(turns, key), 1) for key in keys)
+        rows.append([name, *values, spread(slower), spread(busier)])
     title = (
         f"{options.prompts} prompts, {options.epochs} epochs, hidden {options.hidden}, "
         f"{options.layers} layers; median (extremes) of {options.repeats} turns"
     )
     stages = [name for name in runs[_OURS][0] if name.startswith("stage_")]
     results["stages"] = {name.removeprefix("stage_"): summary(column(runs[_OURS], name)) for name in stages}
-    headings = ["", "seconds", "generate", "(score and) train", "other", "tokens of an answer", "x ours"]
+    headings = [
+        "",
+        "seconds",
+        "generate",
+        "(score and) train",
+        "other",
+        "CPU s",
+        "tokens",
+        "x ours",
+        "x its CPU",
+    ]
     show(title, headings, rows)
     medians = (f"{name} {stage['median']:.1f}" for name, stage in results["stages"].items())
     print(f"seconds of our stages: {', '.join(medians)}")

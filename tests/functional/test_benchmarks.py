@@ -5,6 +5,7 @@ Times are not asserted: they belong to the machine.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from examples.benchmarks import iteration
 from examples.benchmarks.answering import write_answering_llama, write_word_chats, write_word_tokenizer
 from examples.benchmarks.batched_generate import CACHES, answers_of
 from examples.benchmarks.chat_lengths import PROMPT, RESPONSE, chat_pairs, lengths
 from examples.benchmarks.epoch import OURS, check_same
-from examples.benchmarks.measure import ratios, spread, summary
+from examples.benchmarks.measure import Run, ratios, spread, summary
 from examples.benchmarks.memory import number_of_weights
 from examples.benchmarks.training import sorted_within_batches
 
@@ -149,6 +151,43 @@ def test_generation_answers_as_transformers_does(tmp_path: Path) -> None:
         assert 1 < results[name]["mean_tokens"]["median"] < 16
 
 
+def iteration_runs(**changed: float) -> dict[str, list[Run]]:
+    """Of three ways, the third with `changed`."""
+    runs = {}
+    for place, name in enumerate(("nemo_spin", *iteration._PEERS)):
+        times = {"generate_s": 1.0, "train_s": 2.0}
+        sizes = np.array([3, 4, 5 + place])
+        run = iteration._result((4.0 + place, 6.0), times, sizes, (10, 20), first_loss=np.log(2))
+        runs[name] = [run | {"stage_train": 2.0, "tokens_lost_as_text": 0.0}]
+    runs[name][0].update(changed)
+    return runs
+
+
+def test_an_iteration_is_shown_beside_its_peers(capsys: pytest.CaptureFixture[str]) -> None:
+    options = argparse.Namespace(prompts=3, epochs=1, hidden=8, layers=1, repeats=1)
+    runs = iteration_runs()
+    iteration._check_same(runs, prompts=3)
+    results = iteration._report(runs, options)
+    assert [results[name]["seconds_over_ours"]["median"] for name in iteration._PEERS] == [1.25, 1.5]
+    assert results["nemo_spin"]["other_s"]["median"] == 1.0 and results["stages"]["train"]["median"] == 2.0
+    assert "1.50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"prompt_tokens": 11},
+        {"real_tokens": 19},
+        {"first_loss": 0.7},
+        {"mean_tokens": 20.0},
+        {"tokens_lost_as_text": 1.0},
+    ],
+)
+def test_an_iteration_that_did_something_else_is_not_compared(changed: dict[str, float]) -> None:
+    with pytest.raises(SystemExit):
+        iteration._check_same(iteration_runs(**changed), prompts=3)
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_an_iteration_does_what_the_official_steps_do(tmp_path: Path) -> None:
@@ -239,8 +278,6 @@ def test_packing_computes_the_same_with_fewer_slots(tmp_path: Path) -> None:
 
 def test_at_least_97_of_100_slots_are_useful_on_chat_like_lengths() -> None:
     """Also where rows are padded to multiples of 16 and ranks wait for the slowest of eight."""
-    import argparse
-
     from examples.benchmarks.packing import _count
     from nemo_spin.data.datasets import Units
 
