@@ -124,6 +124,17 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
         self.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=off")
 
+    def kill_batch_script(self) -> None:
+        """SIGKILL for the shell of the job that is running, as where its node runs out of memory."""
+        killed = 0
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().decode(errors="replace")
+                if words.rstrip("\0").endswith("/slurm_script") and str(self.place) in words:
+                    os.kill(int(entry.name), signal.SIGKILL)
+                    killed += 1
+        assert killed, "no batch script is running"
+
     def revive_node(self, node: str) -> None:
         """Boots a node that was killed, and gives it to Slurm again."""
         self.start_node(node)

@@ -212,9 +212,9 @@ def test_what_is_cut_off_without_a_warning_the_next_job_goes_on_with(
     run_dir = tmp_path / "run"
     number = submit(cluster, given, run_dir, "launcher.slurm.environment={GLOO_SOCKET_IFNAME: lo}")
     wait(cluster, run_dir, lambda: steps_done(run_dir) >= 1)
-    cluster.ask("scancel", "--signal=KILL", "--full", number)
+    cluster.kill_batch_script()
     wait(cluster, run_dir, lambda: is_over(cluster, number))
-    assert cluster.job(number)["JobState"] != "COMPLETED"
+    assert cluster.job(number)["JobState"] == "FAILED"
     wait(cluster, run_dir, lambda: not cluster.ask("squeue", "--noheader"), timeout_s=300)
     assert model_sha256(run_dir) == local_result(given)
 
