@@ -130,9 +130,11 @@ class VllmOffline:
 
     def __init__(self, settings: EngineSettings) -> None:
         prepare_environment(settings)
+        import torch
         import vllm
         from vllm.platforms import current_platform
 
+        torch.zeros(1, device="cpu").cos()  # see megatron/cpu.py, `choose_vector_kernels`
         on_cpu = current_platform.is_cpu()
         self.device = "cpu" if on_cpu else str(current_platform.device_type)
         self._takes_adapters = settings.max_adapter_rank > 0
