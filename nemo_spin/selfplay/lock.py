@@ -25,6 +25,7 @@ from nemo_spin.selfplay.storage import storage_error
 
 HEARTBEAT_S = 10.0
 SILENT_AFTER_S = 60.0
+_SETTLES_AFTER_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ def locked(path: Path, *, on_wait: Callable[[str], None] = lambda text: None) ->
         DataError: The file cannot be written.
     """
     owner = Owner.of_this_process()
-    while not _create(path, owner):
+    inherits = False
+    while not _create(path, owner) or (inherits and not _is_kept(path, owner)):
+        inherits = True
         _remove_if_dead(path, on_wait)
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, owner, ended), daemon=True)
@@ -132,6 +135,16 @@ def _create(path: Path, owner: Owner) -> bool:
     finally:
         with contextlib.suppress(OSError):
             mine.unlink(missing_ok=True)
+
+
+def _is_kept(path: Path, owner: Owner) -> bool:
+    """Whether the lock is still ours after a moment.
+
+    One who saw the same dead owner may take our lock for the dead one's and, before it gives it back,
+    somebody else may lock.
+    """
+    time.sleep(_SETTLES_AFTER_S)
+    return read_owner(path) == owner
 
 
 def _is_one_file(mine: Path, path: Path) -> bool:

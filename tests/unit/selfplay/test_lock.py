@@ -61,6 +61,22 @@ def test_a_dead_owner_is_replaced(path: Path) -> None:
         assert read_owner(path) == Owner.of_this_process()
 
 
+def test_a_lock_that_is_taken_for_the_dead_ones_is_not_held(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What three commands that start at once can do to each other within microseconds, in slow motion."""
+    write(path, dead_process())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as another:
+        locker = replace(
+            Owner.of_this_process(), pid=another.pid, started=lock._start_ticks(another.pid) or 0
+        )
+        monkeypatch.setattr(time, "sleep", lambda seconds: write(path, locker))
+        with pytest.raises(ConfigError, match=f"held by process {another.pid} on"), locked(path):
+            raise AssertionError("two hold the lock")
+        another.communicate(b"\n")
+    assert read_owner(path) == locker
+
+
 def test_another_process_with_the_number_of_the_dead_one(path: Path) -> None:
     write(path, replace(Owner.of_this_process(), started=1))
     with locked(path):
