@@ -100,7 +100,8 @@ def wait(cluster: Cluster, run_dir: Path, condition: Callable[[], object], timeo
 
 
 def is_over(cluster: Cluster, number: str) -> bool:
-    return cluster.job(number).get("JobState") not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+    """Not by what else there is: a job that is being warned is SIGNALING, one that goes back REQUEUED."""
+    return cluster.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 
 def model_sha256(run_dir: Path, iteration: int = 0) -> str:
