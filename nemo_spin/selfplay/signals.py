@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -37,16 +38,27 @@ def stop_on_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Ignores further requests to stop while children are being ended (which takes seconds)."""
+    """Lets children be ended (which takes seconds) before the next request to stop is heard.
+
+    The first one that came is obeyed on leaving the block. None is, where the block is part of
+    obeying an earlier one, which the exception that is on its way says.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (*_SIGNALS, signal.SIGINT)}
+    stopping = isinstance(sys.exception(), STOPPED)
+    asked: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: asked.append(number))
+        for number in (*_SIGNALS, signal.SIGINT)
+    }
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if asked and not stopping:
+            signal.raise_signal(asked[0])
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

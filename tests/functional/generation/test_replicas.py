@@ -82,6 +82,18 @@ def bench(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return Bench(tmp_path, tiny_model, data)
 
 
+def killer_by_shards(out_dir: Path, every: int, seed: int) -> Disturb:
+    """Kills a sampler, any one, whenever so many more shards are done, however fast the machine is."""
+    chance, due = random.Random(seed), [every]
+
+    def kill(job: ReplicasJob) -> None:
+        if len(list(out_dir.glob("*.parquet"))) >= due[0] and job.pids:
+            due[0] += every
+            os.kill(chance.choice(job.pids), signal.SIGKILL)
+
+    return kill
+
+
 def killer(every_s: float, seed: int) -> Disturb:
     """Kills a sampler, any one, every so often."""
     chance, due = random.Random(seed), [time.monotonic() + every_s]
@@ -98,8 +110,9 @@ def test_samplers_that_are_killed_or_paused_lose_and_double_nothing(bench: Bench
     undisturbed, _ = bench.run("undisturbed", replicas=3)
     assert undisturbed.counts["train"]["prompts"] == 160
     assert undisturbed.notes["engine"]["samplers"] == 3
-    killed, _ = bench.run("killed", killer(0.7, seed=1), replicas=3)
-    assert killed.notes["engine"]["deaths"] >= 2
+    disturb = killer_by_shards(bench.stage("killed").out_dir, every=15, seed=1)
+    killed, _ = bench.run("killed", disturb, replicas=3)
+    assert killed.notes["engine"]["deaths"] >= 4
     assert killed.files == undisturbed.files, "the same bytes, whoever did a shard"
     paused: list[int] = []
     out_dir = bench.stage("paused").out_dir
