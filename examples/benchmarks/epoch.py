@@ -144,38 +144,23 @@ def by_trl(epoch: Epoch, micro_batch_size: int, precomputed: bool, recompute: bo
         recompute: `gradient_checkpointing`.
     """
     import torch
-    from datasets import Dataset, disable_progress_bars
-    from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, LlamaForCausalLM, PrinterCallback  # noqa: F401
-    from transformers.utils import logging
-    from trl import DPOTrainer
 
-    class GivenIds(DPOTrainer):  # type: ignore[misc]
-        """Takes token ids as they are, and batches in the order of the rows."""
+    from examples.benchmarks.given_ids_trainer import bare_tokenizer, given_ids_trainer, peer_rows
 
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset
-
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return SequentialSampler(self.train_dataset)
-
+    trainer_type = given_ids_trainer()
     _head_as_on_gpus()
-    disable_progress_bars()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     torch.set_num_threads(epoch.threads)
-    pairs = pq.read_table(epoch.pairs)
-    names = {"prompt_ids": "prompt_ids", "real_ids": "chosen_ids", "generated_ids": "rejected_ids"}
-    dataset = Dataset(pairs.select(list(names)).rename_columns(list(names.values())))
+    dataset = peer_rows(pq.read_table(epoch.pairs))
     arguments = _arguments(epoch, micro_batch_size, precomputed, recompute)
     before = PeakMemory.now()
     model = AutoModelForCausalLM.from_pretrained(epoch.model)
     clock = _Clock(before)
-    trainer = GivenIds(model, args=arguments, train_dataset=dataset, processing_class=_tokenizer())
+    trainer = trainer_type(model, args=arguments, train_dataset=dataset, processing_class=bare_tokenizer())
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return clock.result(losses, pairs.num_rows)
+    return clock.result(losses, dataset.num_rows)
 
 
 def _arguments(epoch: Epoch, micro_batch_size: int, precomputed: bool, recompute: bool) -> Any:
@@ -221,13 +206,3 @@ def _head_as_on_gpus() -> None:
 
     if hasattr(utils, "_use_triton"):
         utils._use_triton = lambda device: True
-
-
-def _tokenizer() -> Any:
-    """What the peer asks for a padding token, and nothing else."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")

@@ -1,7 +1,8 @@
 """Training on one GPU: tokens/s, share of the measured matmul rate and memory, by model and row length.
 
-Every model and kind of layer is measured in a process of its own (`gpu_training`), and so is
-the sampler (`gpu_generation`); what does not fit into the time or the memory is said to. The
+Every model and kind of layer is measured in a process of its own (`gpu_training`), and so are
+TRL's DPOTrainer, where it is installed (`gpu_peer`), and the sampler (`gpu_generation`); what does
+not fit into the time or the memory is said to. The
 interpreter needs torch, megatron-core and what `nemo_spin.megatron` imports: no NeMo.
 """
 
@@ -20,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "apex", "flash-attn", "triton")
+_PEERS_PACKAGES = ("trl", "transformers", "liger-kernel")
 _LEAST_SECONDS = 25.0  # for importing, building a model and a few steps of it
 _MOST_SECONDS = 110.0  # of one process; its later lengths wait for another day
-_MODELS = ("8B", "0.5B", "3B", "1B")  # the most telling first, should time run out
+_MODELS = ("8B", "1B", "0.5B", "3B")  # the most telling first, should time run out
+_WITH_PEER = ("1B", "0.5B", "tiny")  # 16 bytes a weight of the others fill a card
+_PEER = "TRL"
 _LENGTHS = (4096, 8192, 16384, 32768)
 _TINY_LENGTHS = (64, 128)
 
@@ -49,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 def versions() -> dict[str, str | None]:
     """What is installed of the packages that matter; None where one is not."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *_PEERS_PACKAGES):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -69,6 +73,9 @@ def training(tiny: bool, deadline: float) -> list[dict[str, Any]]:
             arguments = [model, kind, *map(str, lengths)]
             lines = run("examples.benchmarks.gpu_training", arguments, deadline)
             measured += [{**names, **line} for line in lines]
+        if model in _WITH_PEER and importlib.util.find_spec("trl") is not None:
+            lines = run("examples.benchmarks.gpu_peer", [model, *map(str, lengths)], deadline)
+            measured += [{"model": model, "layers": _PEER, **line} for line in lines]
     return measured
 
 
@@ -125,7 +132,7 @@ def show(results: dict[str, Any]) -> None:
             reason = entry.get("error") or entry.get("skipped")
             print(form.format(entry["model"], entry["layers"], entry.get("row", ""), *[""] * 4, reason))
             continue
-        share = f"{entry['flops_per_second'] / rate:.1%}" if rate else ""
+        share = f"{entry['flops_per_second'] / rate:.1%}" if rate and "flops_per_second" in entry else ""
         print(
             form.format(
                 entry["model"],

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Runs tests/gpu on one GPU, then measures training there: tokens/s, share of the card's measured
 # matmul rate and memory, for models of 0.5B to 8B in bf16 and rows of 4k to 32k tokens, with
-# Megatron's local layers and Transformer Engine's, with whatever of Transformer Engine, vLLM and
-# Apex the interpreter has. Ends within 8 minutes, the table last.
+# Megatron's local layers and Transformer Engine's, and by TRL's DPOTrainer, with whatever of
+# Transformer Engine, vLLM, Apex, TRL, FlashAttention and Liger the interpreter has. Ends within
+# 8 minutes, the table last.
 #
 #   bash examples/benchmarks/gpu.sh
 #   PYTHON=python3.12 bash ...      another interpreter (default: python3)

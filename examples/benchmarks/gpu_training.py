@@ -28,8 +28,8 @@ from nemo_spin.megatron.forward_step import SPIN_SUMS, spin_loss
 from nemo_spin.megatron.sizes import Work, shape_of
 from nemo_spin.objective.objective import build_objective
 
-_STEP_TOKENS = 16384  # of a step, unless one row is longer
-_TIMED = 3  # steps, after one that warms up
+STEP_TOKENS = 16384  # of a step, unless one row is longer
+TIMED = 3  # steps, after one that warms up
 
 
 def _llama(layers: int, width: int, mlp: int, heads: int, groups: int, **others: Any) -> Architecture:
@@ -108,14 +108,14 @@ def _measured(engine: Engine, architecture: Architecture, length: int, note: str
 
 def _steps(engine: Engine, architecture: Architecture, length: int) -> dict[str, float]:
     prompt, response = length // 2, length // 4
-    units = _units(architecture.vocab_size, prompt, response, max(1, _STEP_TOKENS // length))
+    units = _units(architecture.vocab_size, prompt, response, max(1, STEP_TOKENS // length))
     has_gpu = engine.runtime.device.type == "cuda"
     if has_gpu:
         torch.cuda.reset_peak_memory_stats()
     engine.layout = replace(engine.layout, micro_batch_tokens=length)
     loss = partial(spin_loss, objective=build_objective(loss="logistic", beta=0.1))
     passes, updates = [], []
-    for _ in range(1 + _TIMED):
+    for _ in range(1 + TIMED):
         start = time.perf_counter()
         engine.backward(units, np.arange(units.num_units), loss=loss, names=SPIN_SUMS)  # ends with its sums
         middle = time.perf_counter()
@@ -135,14 +135,21 @@ def _steps(engine: Engine, architecture: Architecture, length: int) -> dict[str,
     }
 
 
-def _units(vocab_size: int, prompt: int, response: int, number: int) -> Units:
+def token_ids(vocab_size: int, prompt: int, response: int, number: int) -> dict[str, pa.Array]:
+    """Random ids of pairs, by column."""
     generator = np.random.default_rng(1)
+    sizes = {"prompt_ids": prompt, "real_ids": response, "generated_ids": response}
+    return {
+        name: pa.array(
+            [generator.integers(0, vocab_size, size).astype(np.int32) for _ in range(number)],
+            pa.list_(pa.int32()),
+        )
+        for name, size in sizes.items()
+    }
 
-    def ids(length: int) -> pa.Array:
-        rows = [generator.integers(0, vocab_size, length).astype(np.int32) for _ in range(number)]
-        return pa.array(rows, pa.list_(pa.int32()))
 
-    columns = {"prompt_ids": ids(prompt), "real_ids": ids(response), "generated_ids": ids(response)}
+def _units(vocab_size: int, prompt: int, response: int, number: int) -> Units:
+    columns = token_ids(vocab_size, prompt, response, number)
     for name in ("opponent_real_logps", "opponent_generated_logps"):
         columns[name] = pa.array(np.full(number, -10.0 * response))
     return Units(pa.table(columns))

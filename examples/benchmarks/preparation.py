@@ -2,9 +2,11 @@
 
 The peer does what the official code does: chats are rendered by `apply_chat_template` in a `map` with
 several processes. There the tokens are made row by row in every epoch anew; here once, in the same
-`map`, row by row or in batches, whichever is faster. Both end with a parquet file, and all token
-ids must be the same, or nothing is compared. Memory is what the process and its children had
-resident together, looked at ten times a second (shared pages count once for each).
+`map`, in three ways. As TRL's DPOTrainer does it: row by row, a prompt and its whole conversation, so that
+tokens that span the border are found. Prompt and response apart, which is less work and finds none:
+row by row, or in batches. All end with a parquet file, and all token ids must be the same, or nothing
+is compared. Memory is what the process and its children had resident together, looked at ten times a
+second (shared pages count once for each).
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import argparse
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from examples.benchmarks.measure import Run, column, ratios, show, spread, summa
 
 SUMMARY = "rows per second of prepare, against datasets.map"
 _OURS = "nemo_spin"
+_TRAINERS = "datasets.map, as DPOTrainer"
+_ROWS = "datasets.map, row by row"
+_BATCHES = "datasets.map, batches of 1000"
 _LIMIT = 4096  # tokens: nothing is cut
 _LOOK_S = 0.1
 
@@ -43,24 +47,25 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         chats = write_chats(place / "chats.jsonl", options.rows, seed=options.seed, scale=options.scale)
         write_tokenizer(place / "tokenizer", chats, vocabulary=options.vocabulary)
         ways: dict[str, Any] = {
-            _OURS: (_measured, (place, _ours, options.threads, 0)),
-            "datasets.map, row by row": (_measured, (place, _peer, options.threads, 1)),
-            "datasets.map, batches of 1000": (_measured, (place, _peer, options.threads, 1000)),
+            name: (_measured, (place, name, options.threads)) for name in (_OURS, _TRAINERS, _ROWS, _BATCHES)
         }
         runs = take_turns(ways, options.repeats)
         _check_same(place)
     return _report(runs, options)
 
 
-def _measured(place: Path, way: Callable[[Path, int, int], None], processes: int, batch: int) -> Run:
+def _measured(place: Path, way: str, processes: int) -> Run:
     """Seconds and the most memory of this process and its children."""
     memory = _TreeMemory()
     start = time.perf_counter()
-    way(place, processes, batch)
+    if way == _OURS:
+        _ours(place, processes)
+    else:
+        _peer(place, processes, way)
     return {"seconds": time.perf_counter() - start, "peak_gib": memory.stop() / 2**30}
 
 
-def _ours(place: Path, processes: int, _: int) -> None:
+def _ours(place: Path, processes: int) -> None:
     from nemo_spin.config.schema import DataConfig
     from nemo_spin.data.prepare import prepare
 
@@ -73,12 +78,19 @@ def _ours(place: Path, processes: int, _: int) -> None:
     prepare(config, tokenizer_dir=place / "tokenizer", out_dir=place / "ours")
 
 
-def _peer(place: Path, processes: int, batch: int) -> None:
+def _peer(place: Path, processes: int, way: str) -> None:
     from datasets import Dataset, disable_progress_bars
     from transformers import AutoTokenizer
 
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(place / "tokenizer")
+
+    def as_trainer(row: dict[str, Any]) -> dict[str, Any]:
+        prompt, whole = (
+            tokenizer.apply_chat_template(messages, add_generation_prompt=asks, return_dict=True)["input_ids"]
+            for messages, asks in ((row["messages"][:1], True), (row["messages"], False))
+        )
+        return {"prompt_ids": prompt, "real_ids": whole[len(prompt) :]}
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
         prompt, real = _rendered(tokenizer, row["messages"])
@@ -90,12 +102,10 @@ def _peer(place: Path, processes: int, batch: int) -> None:
 
     cache = str(place / "cache")  # removed below: a second turn must not find the first's result
     data = Dataset.from_json(str(place / "chats.jsonl"), cache_dir=cache)
-    settings = {"num_proc": processes, "remove_columns": ["messages"]}
-    if batch > 1:
-        data = data.map(many, batched=True, batch_size=batch, **settings)
-    else:
-        data = data.map(one, **settings)
-    data.to_parquet(str(place / f"peer-{batch}.parquet"))
+    functions = {_TRAINERS: as_trainer, _ROWS: one, _BATCHES: many}
+    batches = {"batched": True, "batch_size": 1000} if way == _BATCHES else {}
+    data = data.map(functions[way], num_proc=processes, remove_columns=["messages"], **batches)
+    data.to_parquet(str(place / f"{way}.parquet"))
     data.cleanup_cache_files()
 
 
@@ -141,7 +151,7 @@ class _TreeMemory:
 def _check_same(place: Path) -> None:
     names = ["prompt_ids", "real_ids"]
     ours = pq.read_table(place / "ours" / "train.parquet", columns=names).to_pylist()
-    for path in sorted(place.glob("peer-*.parquet")):
+    for path in sorted(place.glob("*.parquet")):
         if pq.read_table(path, columns=names).to_pylist() != ours:
             raise SystemExit(f"{path.stem} has other token ids: nothing to compare")
 
@@ -153,18 +163,19 @@ def _report(runs: dict[str, list[Run]], options: argparse.Namespace) -> dict[str
     rows = []
     for name, turns in runs.items():
         rate = [options.rows / seconds for seconds in column(turns, "seconds")]
-        speed = ratios(runs[best], turns, "seconds")
+        speed, over_trainer = (ratios(runs[peer], turns, "seconds") for peer in (best, _TRAINERS))
         results[name] = {
             "seconds": summary(column(turns, "seconds")),
             "rows_per_second": summary(rate),
             "peak_gib": summary(column(turns, "peak_gib")),
             "speed_over_best_peer": summary(speed),
+            "speed_over_trainers": summary(over_trainer),
         }
         values = (spread(column(turns, "seconds")), spread(rate, 0), spread(column(turns, "peak_gib")))
-        rows.append([name, *values, spread(speed)])
+        rows.append([name, *values, spread(over_trainer), spread(speed)])
     show(
         f"{options.rows:,} rows, {options.threads} processes; median (extremes) of {options.repeats} turns",
-        ["", "seconds", "rows/s", "GiB", "x the fastest datasets.map"],
+        ["", "seconds", "rows/s", "GiB", "x DPOTrainer's", "x the fastest"],
         rows,
     )
     return results

@@ -49,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures all ways in turn, for each kind of lengths, and prints them."""
     need_trl()
+    if options.tried_pairs < 2 * max(options.peer_micro_batch_sizes):
+        raise SystemExit(
+            f"--tried-pairs {options.tried_pairs}: two steps of the largest microbatch, at least"
+        )
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)

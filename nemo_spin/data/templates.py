@@ -42,6 +42,7 @@ from nemo_spin.data.rows import (
     RefusedError,
     with_system_prompt,
 )
+from nemo_spin.data.token_ids import token_ids_of
 from nemo_spin.data.tokenizer_files import (
     bad_chat_template,
     generation_eos_ids,
@@ -124,6 +125,7 @@ class Template:
         more_stop_token_ids: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
+        self._tokenize = token_ids_of(tokenizer)
         self._tail = ""
         self._prompt_template = prompt_template
         self._ends: PromptEnds | None = None
@@ -263,19 +265,6 @@ class Template:
         return text
 
     # From text to ids.
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        encoding = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        ids: list[list[int]] = encoding["input_ids"]
-        return ids
 
     def _prompt_ids(self, prompts: list[str]) -> list[list[int]]:
         bos = self._bos

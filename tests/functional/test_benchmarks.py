@@ -135,7 +135,7 @@ def test_preparing_gives_the_ids_that_datasets_gives(tmp_path: Path) -> None:
     sizes = ["--rows", "300", "--scale", "0.1", "--vocabulary", "400", "--threads", "1", "--repeats", "1"]
     shown, written = benchmark("preparation", tmp_path / "preparation.json", *sizes)
     assert all(name in shown for name in written["results"])
-    assert len(written["results"]) == 3
+    assert len(written["results"]) == 4
 
 
 @pytest.mark.slow
