@@ -67,9 +67,9 @@ class _Clock:
 
 def check_same(runs: dict[str, list[Run]]) -> None:
     """Ends the program unless every way had the same losses, step by step."""
-    expected = _losses(runs[OURS][0])
+    expected = losses_of(runs[OURS][0])
     for name, turns in runs.items():
-        for found in map(_losses, turns):
+        for found in map(losses_of, turns):
             if found.keys() != expected.keys():
                 raise SystemExit(f"{name} took {len(found)} steps, not {len(expected)}: nothing to compare")
             difference = max(abs(found[key] - expected[key]) for key in expected)
@@ -77,7 +77,8 @@ def check_same(runs: dict[str, list[Run]]) -> None:
                 raise SystemExit(f"losses of {name} differ by {difference:.2g}: nothing to compare")
 
 
-def _losses(run: Run) -> dict[str, float]:
+def losses_of(run: Run) -> dict[str, float]:
+    """Of every step, in the order of the steps."""
     return {key: value for key, value in run.items() if key.startswith("loss_")}
 
 
@@ -146,10 +147,15 @@ def by_trl(epoch: Epoch, micro_batch_size: int, precomputed: bool, recompute: bo
     import torch
     from transformers import AutoModelForCausalLM, LlamaForCausalLM, PrinterCallback  # noqa: F401
 
-    from examples.benchmarks.given_ids_trainer import bare_tokenizer, given_ids_trainer, peer_rows
+    from examples.benchmarks.given_ids_trainer import (
+        bare_tokenizer,
+        given_ids_trainer,
+        head_as_on_gpus,
+        peer_rows,
+    )
 
     trainer_type = given_ids_trainer()
-    _head_as_on_gpus()
+    head_as_on_gpus()
     torch.set_num_threads(epoch.threads)
     dataset = peer_rows(pq.read_table(epoch.pairs))
     arguments = _arguments(epoch, micro_batch_size, precomputed, recompute)
@@ -195,14 +201,3 @@ def _arguments(epoch: Epoch, micro_batch_size: int, precomputed: bool, recompute
         report_to="none",
         disable_tqdm=True,
     )
-
-
-def _head_as_on_gpus() -> None:
-    """Lets the peer's output layer take response tokens only, which it does where Triton runs.
-
-    On a CPU it would take prompts and padding too, to no effect.
-    """
-    from trl.trainer import utils
-
-    if hasattr(utils, "_use_triton"):
-        utils._use_triton = lambda device: True

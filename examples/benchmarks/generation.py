@@ -52,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Checks, searches the peer's settings, measures in turns, and prints a table."""
+    if options.searched < max(options.peer_batch_sizes):
+        raise SystemExit(f"--searched {options.searched}: as many as the largest batch, at least")
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the sampler's process
     sizes = {"vocabulary": options.vocabulary, "hidden": options.hidden, "layers": options.layers}
     with tempfile.TemporaryDirectory() as directory:

@@ -9,9 +9,9 @@ time: each is a row of prompt and real response and one of prompt and generated 
 
 from __future__ import annotations
 
-import gc
-import importlib.util
+import contextlib
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -22,8 +22,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from examples.benchmarks.gpu_training import MODELS, STEP_TOKENS, TIMED, token_ids
+from examples.benchmarks.gpu_training import MODELS, STEP_TOKENS, TIMED, forget, token_ids
 from nemo_spin.megatron.architecture import Architecture
+
+_TOLERANCE = 1e-3  # of the first loss, which is ln 2
 
 
 def main(name: str, lengths: list[int]) -> None:
@@ -35,23 +37,21 @@ def main(name: str, lengths: list[int]) -> None:
 
 def _measured(architecture: Architecture, length: int) -> dict[str, Any]:
     for recompute in (False, True):
-        try:
+        forget()
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
             found = _steps(architecture, length, recompute=recompute)
             return {**found, "note": ", ".join([*_kernels(), *(["recomputed"] if recompute else [])])}
-        except torch.cuda.OutOfMemoryError:
-            gc.collect()
-            torch.cuda.empty_cache()
     return {"skipped": "out of memory"}
 
 
 def _kernels() -> list[str]:
-    """What there is of others' kernels."""
-    names = {"flash_attn": "FlashAttention", "liger_kernel": "Liger"}
-    return [name for module, name in names.items() if _has(module)]
+    """What is used of others' kernels."""
+    from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
-
-def _has(module: str) -> bool:
-    return torch.cuda.is_available() and importlib.util.find_spec(module) is not None
+    if not torch.cuda.is_available():
+        return []
+    there = {"FlashAttention": is_flash_attn_2_available(), "Liger": is_liger_kernel_available()}
+    return [name for name, is_there in there.items() if is_there]
 
 
 def _steps(architecture: Architecture, length: int, *, recompute: bool) -> dict[str, float]:
@@ -84,6 +84,9 @@ def _steps(architecture: Architecture, length: int, *, recompute: bool) -> dict[
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    if abs(first - math.log(2)) > _TOLERANCE:
+        raise SystemExit(f"the first loss is {first}, not ln 2: nothing to compare")
     begins, passed, updated = (np.array(times[place::3][1:]) for place in range(3))
     return {
         "tokens_per_second": pairs * (prompt + 2 * response) / statistics.median(passed - begins),
@@ -112,7 +115,7 @@ def _model(architecture: Architecture) -> Any:
         head_dim=architecture.head_dim,
         max_position_embeddings=architecture.max_position_embeddings,
         tie_word_embeddings=architecture.tie_word_embeddings,
-        attn_implementation="flash_attention_2" if _has("flash_attn") else "sdpa",
+        attn_implementation="flash_attention_2" if "FlashAttention" in _kernels() else "sdpa",
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         return LlamaForCausalLM(config)
@@ -132,8 +135,8 @@ def _arguments(directory: str, pairs: int, *, has_gpu: bool, recompute: bool) ->
         max_length=None,
         gradient_checkpointing=recompute,
         precompute_ref_log_probs=True,
-        use_liger_kernel=_has("liger_kernel"),
-        logging_steps=1000,
+        use_liger_kernel="Liger" in _kernels(),
+        logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -5,8 +5,10 @@ A row of a length is one unit: a prompt of half of it and two responses of a qua
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -30,6 +32,8 @@ from nemo_spin.objective.objective import build_objective
 
 STEP_TOKENS = 16384  # of a step, unless one row is longer
 TIMED = 3  # steps, after one that warms up
+_LEAST_ROW = 64
+_BYTES_A_WEIGHT = 18  # bf16 weight, and float32: gradient, main weight, Adam's two moments
 
 
 def _llama(layers: int, width: int, mlp: int, heads: int, groups: int, **others: Any) -> Architecture:
@@ -60,19 +64,45 @@ MODELS = {
 
 def main(name: str, transformer_impl: str, lengths: list[int]) -> None:
     """Builds the model, with fewer layers where memory is short, and measures each length."""
-    for share in (1.0, 0.75, 0.5, 0.25):
+    engine = None
+    for share in (1.0, 0.75, 0.5, 0.375, 0.25):
         layers = int(MODELS[name].num_layers * share)
-        try:
-            engine = _engine(replace(MODELS[name], num_layers=layers), transformer_impl)
+        architecture = replace(MODELS[name], num_layers=layers)
+        if _state_bytes(architecture) > _free_bytes():
+            continue
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            engine = _trained(architecture, transformer_impl)
+        if engine is not None:
             break
-        except torch.cuda.OutOfMemoryError:
-            _forget()
-    else:
+        forget()
+    if engine is None:
         raise SystemExit("a quarter of the model does not fit into memory")
-    architecture = replace(MODELS[name], num_layers=layers)
     note = "" if share == 1.0 else f"{layers} of {MODELS[name].num_layers} layers"
     for length in lengths:
         print(json.dumps({"row": length, **_measured(engine, architecture, length, note)}), flush=True)
+
+
+def _state_bytes(architecture: Architecture) -> int:
+    """Of weights, gradients, main weights and moments; norms are left out."""
+    a = architecture
+    attention = 2 * a.hidden_size * a.head_dim * (a.num_attention_heads + a.num_query_groups)
+    layers = a.num_layers * (attention + 3 * a.hidden_size * a.ffn_hidden_size)
+    ends = a.vocab_size * a.hidden_size * (1 if a.tie_word_embeddings else 2)
+    return _BYTES_A_WEIGHT * (layers + ends)
+
+
+def _free_bytes() -> float:
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.inf
+
+
+def _trained(architecture: Architecture, transformer_impl: str) -> Engine:
+    """An engine after a short step, which is when Adam's moments take their memory."""
+    engine = _engine(architecture, transformer_impl)
+    _recompute(engine, "full")
+    engine.layout = replace(engine.layout, micro_batch_tokens=_LEAST_ROW)
+    quarter = _LEAST_ROW // 4
+    _step(engine, _units(architecture.vocab_size, 2 * quarter, quarter, 1))
+    return engine
 
 
 def _engine(architecture: Architecture, transformer_impl: str) -> Engine:
@@ -93,17 +123,20 @@ def _engine(architecture: Architecture, transformer_impl: str) -> Engine:
 
 def _measured(engine: Engine, architecture: Architecture, length: int, note: str) -> dict[str, Any]:
     """Numbers of steps of one length, with full recomputation where they do not fit without."""
-    config = engine.chunks[0].module.config
     for recompute in (None, "full"):
-        config.recompute_granularity = recompute
-        config.recompute_method = "uniform" if recompute else None
-        config.recompute_num_layers = 1 if recompute else None
+        _recompute(engine, recompute)
         notes = [note, "recomputed" if recompute else ""]
-        try:
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
             return {**_steps(engine, architecture, length), "note": ", ".join(filter(None, notes))}
-        except torch.cuda.OutOfMemoryError:
-            _forget()
+        forget()  # here, where the error no longer holds what its frames held
     return {"skipped": "out of memory"}
+
+
+def _recompute(engine: Engine, granularity: str | None) -> None:
+    config = engine.chunks[0].module.config
+    config.recompute_granularity = granularity
+    config.recompute_method = "uniform" if granularity else None
+    config.recompute_num_layers = 1 if granularity else None
 
 
 def _steps(engine: Engine, architecture: Architecture, length: int) -> dict[str, float]:
@@ -113,16 +146,7 @@ def _steps(engine: Engine, architecture: Architecture, length: int) -> dict[str,
     if has_gpu:
         torch.cuda.reset_peak_memory_stats()
     engine.layout = replace(engine.layout, micro_batch_tokens=length)
-    loss = partial(spin_loss, objective=build_objective(loss="logistic", beta=0.1))
-    passes, updates = [], []
-    for _ in range(1 + TIMED):
-        start = time.perf_counter()
-        engine.backward(units, np.arange(units.num_units), loss=loss, names=SPIN_SUMS)  # ends with its sums
-        middle = time.perf_counter()
-        engine.update(1e-7)
-        torch.cuda.synchronize()
-        passes.append(middle - start)
-        updates.append(time.perf_counter() - middle)
+    passes, updates = zip(*(_step(engine, units) for _ in range(1 + TIMED)), strict=True)
     seconds = statistics.median(passes[1:])
     work = Work(prompt, response, response, longest_unit=length, micro_batch_tokens=length)
     flops = unit_flops(shape_of(architecture), work)
@@ -133,6 +157,17 @@ def _steps(engine: Engine, architecture: Architecture, length: int) -> dict[str,
         "update_seconds": statistics.median(updates[1:]),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if has_gpu else 0.0,
     }
+
+
+def _step(engine: Engine, units: Units) -> tuple[float, float]:
+    """Seconds of the passes over all units, and of the update."""
+    loss = partial(spin_loss, objective=build_objective(loss="logistic", beta=0.1))
+    start = time.perf_counter()
+    engine.backward(units, np.arange(units.num_units), loss=loss, names=SPIN_SUMS)  # ends with its sums
+    middle = time.perf_counter()
+    engine.update(1e-7)
+    torch.cuda.synchronize()
+    return middle - start, time.perf_counter() - middle
 
 
 def token_ids(vocab_size: int, prompt: int, response: int, number: int) -> dict[str, pa.Array]:
@@ -155,7 +190,7 @@ def _units(vocab_size: int, prompt: int, response: int, number: int) -> Units:
     return Units(pa.table(columns))
 
 
-def _forget() -> None:
+def forget() -> None:
     """Gives back what a failed attempt holds."""
     gc.collect()
     torch.cuda.empty_cache()

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--peer-micro-batch-size", type=int, default=4, help="pairs")
+    parser.add_argument("--peer-micro-batch-size", type=int, default=1, help="pairs; as `training` finds")
     parser.add_argument("--peer-batch-size", type=int, default=64, help="of transformers' generate")
     parser.add_argument("--peer-cache", default="static", help="of transformers' generate")
     parser.add_argument("--python", help="interpreter with vLLM; left out: as generation.python=null")

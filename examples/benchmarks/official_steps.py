@@ -122,6 +122,9 @@ def train(place: Path, settings: Settings) -> dict[str, Any]:
     from transformers.utils import logging
     from trl import DPOConfig, DPOTrainer
 
+    from examples.benchmarks.given_ids_trainer import head_as_on_gpus
+
+    head_as_on_gpus()
     disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

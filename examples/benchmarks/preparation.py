@@ -100,13 +100,12 @@ def _peer(place: Path, processes: int, way: str) -> None:
         prompts, real = zip(*(_rendered(tokenizer, messages) for messages in rows["messages"]), strict=True)
         return {"prompt_ids": _ids(tokenizer, list(prompts)), "real_ids": _ids(tokenizer, list(real))}
 
-    cache = str(place / "cache")  # removed below: a second turn must not find the first's result
-    data = Dataset.from_json(str(place / "chats.jsonl"), cache_dir=cache)
     functions = {_TRAINERS: as_trainer, _ROWS: one, _BATCHES: many}
     batches = {"batched": True, "batch_size": 1000} if way == _BATCHES else {}
-    data = data.map(functions[way], num_proc=processes, remove_columns=["messages"], **batches)
-    data.to_parquet(str(place / f"{way}.parquet"))
-    data.cleanup_cache_files()
+    with tempfile.TemporaryDirectory(dir=place) as cache:  # what another way or turn has built is not found
+        data = Dataset.from_json(str(place / "chats.jsonl"), cache_dir=cache)
+        data = data.map(functions[way], num_proc=processes, remove_columns=["messages"], **batches)
+        data.to_parquet(str(place / f"{way}.parquet"))
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str, str]:

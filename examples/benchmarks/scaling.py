@@ -3,7 +3,8 @@
 Cost is CPU seconds of a training step (forward, backward, update), over those of the smallest step; work is
 the operations of all matrix products with weights (`megatron/flops.py`), attention's left out: its
 grow with the square of the lengths. So cost over work is given with attention and without: what
-PyTorch's profiler counts inside the attention operators is taken off. One thread for each rank.
+PyTorch's profiler counts inside the attention operators is taken off; it counts by the clock, so nothing
+else may run. One thread for each rank.
 
 Data-parallel ranks are processes over gloo that share out one global batch of chat-like pairs. Cost
 is the CPU seconds of all ranks together, and of the busiest rank times their number.

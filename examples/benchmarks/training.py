@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from examples.benchmarks.chat_lengths import PROMPT, RESPONSE, lengths, random_pairs
-from examples.benchmarks.epoch import OURS, Epoch, by_nemo_spin, by_trl, check_same
+from examples.benchmarks.epoch import OURS, Epoch, by_nemo_spin, by_trl, check_same, losses_of
 from examples.benchmarks.measure import Run, column, ratios, show, spread, summary, take_turns
 from examples.benchmarks.small_llama import write_llama
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--micro-batch-tokens", type=int, default=8192, help="of our packed rows")
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="of our packed rows")
     parser.add_argument("--peer-micro-batch-sizes", type=int, nargs="+", default=[1, 2, 4], help="pairs")
     parser.add_argument("--tried-pairs", type=int, default=16, help="that the peer's settings are tried on")
     parser.add_argument("--seed", type=int, default=0, help="of lengths and tokens")
@@ -146,7 +146,7 @@ def _report(runs: dict[str, list[Run]], title: str) -> dict[str, Any]:
         results[name]["speed_over_best_peer"] = {key: summary(each) for key, each in speed.items()}
         shown = (spread(column(turns, key), digits) for key, digits in values)
         rows.append([name, *shown, *map(spread, speed.values())])
-    last = max(key for key in runs[OURS][0] if key.startswith("loss_"))
+    last = list(losses_of(runs[OURS][0]))[-1]
     results["last_loss"] = {name: turns[0][last] for name, turns in runs.items()}
     headings = ["", "seconds", "CPU seconds", "pairs/s", "peak MiB", "x TRL", "x in CPU s"]
     show(f"{title}; x: over the faster TRL, MiB: above imports", headings, rows)

@@ -123,6 +123,8 @@ def fit(
         with model.meter.phase("checkpoint"):
             model.save_to(job.nemo_path)
     metrics.finish(trainer, model)
+    for logger in trainer.loggers:
+        logger.finalize("success")  # again, with what was measured after the last step
     return last
 
 

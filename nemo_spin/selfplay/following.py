@@ -94,6 +94,7 @@ def follow(
     """
     reader = ProgressReader(progress_path)
     deadline = time.monotonic() + timeout_s
+    stopping = False
     try:
         while (code := job.poll()) is None:
             reader.pump(progress)
@@ -106,6 +107,7 @@ def follow(
             time.sleep(_POLL_S)
         reader.pump(progress)
     except SystemExit:
+        stopping = True
         if interrupt is None:
             raise
         with undisturbed():
@@ -118,7 +120,7 @@ def follow(
         if code != PREEMPTED:
             raise
     finally:
-        with undisturbed():
+        with undisturbed(stopping=stopping):
             job.stop()
     if reader.error is not None:
         raise reader.error

@@ -28,7 +28,8 @@ def stop_on_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _stop) for number in _SIGNALS}
+    heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # not of nohup
+    before = {number: signal.signal(number, _stop) for number in heard}
     try:
         yield
     finally:
@@ -37,21 +38,19 @@ def stop_on_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def undisturbed(*, stopping: bool = False) -> Iterator[None]:
     """Lets children be ended (which takes seconds) before the next request to stop is heard.
 
     The first one that came is obeyed on leaving the block. None is, where the block is part of
-    obeying an earlier one, which the exception that is on its way says.
+    obeying an earlier one: where `stopping` says so, or the exception that is on its way.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    stopping = isinstance(sys.exception(), STOPPED)
+    stopping = stopping or isinstance(sys.exception(), STOPPED)
     asked: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: asked.append(number))
-        for number in (*_SIGNALS, signal.SIGINT)
-    }
+    heard = [number for number in (*_SIGNALS, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in heard}
     try:
         yield
     finally:

@@ -83,17 +83,21 @@ def await_death(pids: list[int], timeout_s: float = 10.0) -> None:
 
 
 @pytest.mark.parametrize("end", ["", "sys.exit(0)", "sys.exit()"])
-def test_a_rank_that_ended_well_is_not_taken_apart(make_job: MakeJob, end: str) -> None:
+def test_a_rank_that_ended_well_does_what_is_left_and_is_not_taken_apart(make_job: MakeJob, end: str) -> None:
     job = make_job(
         f"""
         import atexit
-        atexit.register(time.sleep, 600)
-        print("done", end="")
+        class Large:
+            def __del__(self):
+                print("taken apart")
+        large = Large()
+        atexit.register(print, "the last rows")
+        print("done")
         {end}
         """
     )
     assert wait(LocalLauncher().start(job)) == 0
-    assert (job.log_dir / "train-iteration-0.rank_0.log").read_text() == "done"
+    assert (job.log_dir / "train-iteration-0.rank_0.log").read_text() == "done\nthe last rows\n"
 
 
 def test_every_rank_gets_its_place_its_arguments_and_its_log(make_job: MakeJob, tmp_path: Path) -> None:

@@ -36,6 +36,21 @@ def test_a_request_that_comes_while_children_are_ended_is_obeyed_afterwards(numb
     assert ended
 
 
+def test_what_is_ignored_stays_so() -> None:
+    """As under `nohup`: neither is it taken for the request that came first."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as caught, stop_on_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            with undisturbed():
+                os.kill(os.getpid(), signal.SIGHUP)
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert caught.value.code == 75
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_the_first_of_many_decides() -> None:
     with pytest.raises(SystemExit) as caught, stop_on_signals(), undisturbed():
         for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
@@ -57,6 +72,11 @@ def test_a_command_that_is_stopping_already_is_not_disturbed(stopped: BaseExcept
         os.kill(os.getpid(), signal.SIGHUP)
     assert ended
     assert later.value.code == 129, "what comes after the block is heard again"
+
+
+def test_a_stop_that_was_obeyed_before_is_not_obeyed_twice() -> None:
+    with stop_on_signals(), undisturbed(stopping=True):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_failure_on_its_way_gives_way_to_a_stop() -> None:
