@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="of our packed rows")
     parser.add_argument("--peer-micro-batch-size", type=int, default=1, help="pairs; as `training` finds")
     parser.add_argument("--peer-batch-size", type=int, default=64, help="of transformers' generate")
     parser.add_argument("--peer-cache", default="static", help="of transformers' generate")
@@ -101,6 +102,7 @@ def _ours(place: Path, options: argparse.Namespace) -> Run:
             "seed": options.seed,
             "model.path": place / "model",
             "model.global_batch_size": options.global_batch_size,
+            "model.micro_batch_tokens": options.micro_batch_tokens,
             "spin.iterations": 1,
             "spin.beta": _BETA,
             "spin.lr": _LR,
