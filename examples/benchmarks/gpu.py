@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "apex", "flash-attn", "triton")
-_PEERS_PACKAGES = ("trl", "transformers", "liger-kernel")
+_PEER_PACKAGES = ("trl", "transformers", "liger-kernel")
 _LEAST_SECONDS = 25.0  # for importing, building a model and a few steps of it
 _MOST_SECONDS = 110.0  # of one process; its later lengths wait for another day
 _MODELS = ("8B", "1B", "0.5B", "3B")  # the most telling first, should time run out
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 def versions() -> dict[str, str | None]:
     """What is installed of the packages that matter; None where one is not."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in (*_PACKAGES, *_PEERS_PACKAGES):
+    for name in (*_PACKAGES, *_PEER_PACKAGES):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
