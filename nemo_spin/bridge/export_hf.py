@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def export_weights(
     progress: Progress,
     extra: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    gate: Callable[[Path], None] | None = None,
 ) -> Manifest | None:
     """Writes the model as a Hugging Face directory with a manifest. All ranks must call.
 
@@ -78,13 +79,15 @@ def export_weights(
             `base_model` is derived where it is not given, and `inputs` is no fact but becomes
             the manifest's inputs.
         max_shard_bytes: Data in one file at most, unless a single tensor is larger.
+        gate: Called on all ranks with the directory once all weights are written, before it has its
+            name and a manifest: where it raises (on all ranks, as `verify_export` does), nothing stays.
 
     Returns:
         The manifest on rank 0, None on the others.
 
     Raises:
         CheckpointError: The source cannot be read, or the model does not fit it.
-        ExportError: A file could not be written.
+        ExportError: A file could not be written, or the gate found a difference.
     """
     source_dir, out_dir = Path(source_dir), Path(out_dir).resolve()  # a link keeps pointing where it does
     is_first = not distributed.is_initialized() or distributed.get_rank() == 0
@@ -130,6 +133,8 @@ def export_weights(
         directory = from_first_rank(together(begin))
         together(write)
         hashes = merged(together(hash_files))
+        if gate is not None:
+            gate(directory)
         manifest = together(finish)
         together(stack.close)
     return manifest
@@ -305,6 +310,7 @@ def _differs(stored: StoredTensor, block: Piece, placed: Placed) -> ExportError:
             str(stored.file),
             found=f"tensor {block.tensor}, rows {first} to {last - 1}, differs from parameter {placed.name}",
             rule="an export read back equals the model bit for bit",
-            remedy="remove the directory and export again; if it happens again, suspect disk or memory",
+            remedy="start the same command again: it exports anew, and nothing that differs is kept; "
+            "if it happens again, suspect disk or memory",
         )
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from nemo_spin.bridge.export_hf import export_weights, source_dtype, verify_export
 from nemo_spin.bridge.import_hf import load_weights
 from nemo_spin.data.files import write_manifest
 from nemo_spin.errors import CheckpointError, explain
+from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.checkpoint import load_checkpoint, save_checkpoint
 from nemo_spin.megatron.checkpoint_files import latest_checkpoint
+from nemo_spin.megatron.engine import Engine
 from nemo_spin.megatron.runtime import first_rank_writes
 from nemo_spin.selfplay.ranks.adapters import merged_engine
 from nemo_spin.selfplay.ranks.canary import record_canary, round_to_stored
@@ -18,7 +21,7 @@ from nemo_spin.selfplay.ranks.facts import training_facts
 
 
 def export(context: StageContext) -> None:
-    """Writes `model/` from the last checkpoint of `train/` and reads it back. All ranks must call.
+    """Writes `model/` from the last checkpoint of `train/`, read back first. All ranks must call.
 
     Before, `canary.json`: with the model's manifest both are there.
 
@@ -54,10 +57,8 @@ def export(context: StageContext) -> None:
         dtype=None,
         progress=context.progress,
         extra={"inputs": context.inputs, "iteration": context.iteration, **training_facts(context)},
+        gate=_gate(context, engine, architecture),
     )
-    if context.config.spin.gates.export:
-        context.phase("reading it back")
-        verify_export(engine.chunks, here.model, architecture)
 
 
 def export_checkpoint(context: StageContext) -> None:
@@ -80,9 +81,18 @@ def export_checkpoint(context: StageContext) -> None:
         out_dir=output,
         progress=context.progress,
         extra={"inputs": context.inputs},
+        gate=_gate(context, engine, architecture),
     )
-    if context.config.spin.gates.export:
-        verify_export(engine.chunks, output, architecture)
+
+
+def _gate(context: StageContext, engine: Engine, architecture: Architecture) -> Callable[[Path], None] | None:
+    """What an export has to pass before it counts as done; None where `spin.gates.export` is off."""
+
+    def read_back(directory: Path) -> None:
+        context.phase("reading it back")
+        verify_export(engine.chunks, directory, architecture)
+
+    return read_back if context.config.spin.gates.export else None
 
 
 def import_hf(context: StageContext) -> None:
