@@ -122,16 +122,22 @@ def build_optimizer(
     for part in optimizer_parts(optimizer):
         if optim.name == "rmsprop":
             _put_rmsprop(part, optim)
-        else:
-            _fuse_on_cpu(part.optimizer)
+        _step_each_weight_alone(part.optimizer)
     return optimizer
 
 
-def _fuse_on_cpu(adam: Any) -> None:
-    """Has PyTorch's own Adam update each weight in one pass, and without copies of it for the terms."""
-    if isinstance(adam, torch.optim.Adam) and not torch.cuda.is_available():
-        for group in adam.param_groups:
-            group["fused"] = True
+def _step_each_weight_alone(inner: Any) -> None:
+    """Has PyTorch's own optimizers hold a term of the update for one weight at a time.
+
+    On GPUs they make it for all weights at once by default (`foreach`), a copy of the whole state:
+    4 bytes a weight, more than is left of a GPU that the rest was planned for. On the CPU a fused
+    Adam needs none, in one pass.
+    """
+    if not isinstance(inner, (torch.optim.Adam, torch.optim.RMSprop)):
+        return  # fused ones of other packages
+    in_one_pass = isinstance(inner, torch.optim.Adam) and not torch.cuda.is_available()
+    for group in inner.param_groups:
+        group |= {"fused": True} if in_one_pass else {"foreach": False}
 
 
 def _put_rmsprop(part: Any, optim: OptimConfig) -> None:

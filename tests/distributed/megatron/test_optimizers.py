@@ -76,6 +76,43 @@ def test_trajectory_is_that_of_torch(tmp_path: Path, name: str, weight_decay: fl
     assert moved > 1e-3, "the weights must have gone somewhere for the comparison to mean anything"
 
 
+def _operations_of_a_step(model_dir: Path, name: str) -> list[str]:
+    """What PyTorch computes in an optimizer step, told that weights lie where it prefers all at once.
+
+    A stand-in for GPUs in that answer alone, which is where they differ.
+    """
+    from unittest import mock
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from nemo_spin.megatron.optimizers import build_optimizer, wrap_for_training
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            operations.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    operations: list[str] = []
+    chunks, optim = _bfloat16_model(model_dir)
+    optim.name = name
+    wrapped = wrap_for_training(chunks, distributed_optimizer=False)
+    optimizer = build_optimizer(wrapped, optim, lr=1e-3, params_dtype=torch.bfloat16, distributed=False)
+    for parameter in wrapped[0].parameters():
+        parameter.main_grad.fill_(1.0)
+    all_at_once = mock.patch(f"torch.optim.{name}._default_to_fused_or_foreach", return_value=(False, True))
+    with all_at_once, Recorder():
+        optimizer.step()
+    return operations
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "adam"])
+def test_no_term_of_an_update_is_held_for_all_weights_at_once(tmp_path: Path, name: str) -> None:
+    """A copy of the whole state would not fit where the state itself is most of a GPU."""
+    operations = run_ranks(_operations_of_a_step, 1, reference.make_model(tmp_path / "model"), name)
+    assert any(operation.startswith(("aten.sqrt", "aten._fused_adam")) for operation in operations)
+    assert not [operation for operation in operations if operation.startswith("aten._foreach_sqrt")]
+
+
 def _offloading(model_dir: Path) -> tuple[str, float, str]:
     """What is built; Megatron asks for Transformer Engine's version, so a stand-in answers."""
     from unittest import mock
