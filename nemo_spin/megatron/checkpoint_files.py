@@ -78,6 +78,27 @@ def write_record(directory: Path, known: Mapping[str, dict[str, Any]]) -> None:
     write_json(directory / RECORD_NAME, {"files": files})
 
 
+def recorded_hashes(path: Path, *, under: Path) -> dict[str, str]:
+    """sha256 of a checkpoint's files as its record has them: hashed when they were written.
+
+    Args:
+        path: A whole checkpoint.
+        under: What the names are relative to.
+
+    Returns:
+        Of files that still have their size; of none where there is no record that can be read.
+    """
+    try:
+        files = json.loads((path / RECORD_NAME).read_text(encoding="utf-8"))["files"]
+        return {
+            (path / name).relative_to(under).as_posix(): str(entry["sha256"])
+            for name, entry in files.items()
+            if (path / name).stat().st_size == entry["size"]
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def damage(path: Path, *, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint; None where it agrees with its record.
 

@@ -11,7 +11,7 @@ from nemo_spin.data.files import write_manifest
 from nemo_spin.errors import CheckpointError, explain
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.checkpoint import load_checkpoint, save_checkpoint
-from nemo_spin.megatron.checkpoint_files import latest_checkpoint
+from nemo_spin.megatron.checkpoint_files import checkpoint_path, latest_checkpoint, recorded_hashes
 from nemo_spin.megatron.engine import Engine
 from nemo_spin.megatron.runtime import first_rank_writes
 from nemo_spin.selfplay.ranks.adapters import merged_engine
@@ -105,4 +105,7 @@ def import_hf(context: StageContext) -> None:
     with first_rank_writes(context.runtime) as writes:
         if writes:
             files = [str(path.relative_to(target)) for path in target.glob("step-*/*") if path.is_file()]
-            write_manifest(target, stage="import-hf", files=files, inputs=context.inputs, counts={})
+            hashes = recorded_hashes(checkpoint_path(target, 0), under=target)
+            write_manifest(
+                target, stage="import-hf", files=files, inputs=context.inputs, counts={}, hashes=hashes
+            )

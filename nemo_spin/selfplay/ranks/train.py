@@ -10,7 +10,7 @@ from nemo_spin.config.iterations import at_iteration, mixed_iterations
 from nemo_spin.config.schema import SpinConfig
 from nemo_spin.data.files import read_manifest, write_manifest
 from nemo_spin.errors import CheckpointError, explain
-from nemo_spin.megatron.checkpoint_files import latest_checkpoint
+from nemo_spin.megatron.checkpoint_files import latest_checkpoint, recorded_hashes
 from nemo_spin.megatron.runtime import first_rank_writes
 from nemo_spin.selfplay.guarding import TrainingWatch
 from nemo_spin.selfplay.ranks.context import StageContext
@@ -134,4 +134,5 @@ def _fit(context: StageContext, *, objective: str) -> None:
                 files=files,
                 inputs=context.inputs,
                 counts=_with_scoring(summary(here.metrics_path), here.scored),
+                hashes=recorded_hashes(last, under=here.train),  # the others wait, and it may be terabytes
             )
