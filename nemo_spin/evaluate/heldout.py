@@ -63,6 +63,7 @@ def start(
     canary_path: Path | None = None,
     keeper: EngineKeeper | None = None,
     place: Place | None = None,
+    check_model: stage.CheckModel | None = None,
 ) -> RunningGeneration:
     """Starts answering the held-out prompts.
 
@@ -80,6 +81,7 @@ def start(
         canary_path: What Megatron says about the model; None: not known.
         keeper: Gives an engine that lives on, and takes it back; None: one for this alone.
         place: Where each of `generation.replicas` samplers runs; None: on this machine.
+        check_model: Refuses a directory that no engine may see; None: reads it at every start.
 
     Raises:
         NemoSpinError: The scorer, the model, the prompts or the directory cannot be used.
@@ -97,6 +99,7 @@ def start(
         canary_path=canary_path,
         keeper=keeper,
         place=place,
+        check_model=check_model,
     )
 
 

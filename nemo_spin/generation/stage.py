@@ -35,6 +35,7 @@ from nemo_spin.generation.running import RunningGeneration
 from nemo_spin.generation.settings import check_pass, check_stop_token_ids, engine_settings
 
 LEASES_NAME = "leases"  # which of several samplers is at which shard
+CheckModel = Callable[[Path], object]
 
 
 def generate(
@@ -52,6 +53,7 @@ def generate(
     canary_path: Path | None = None,
     keeper: EngineKeeper | None = None,
     place: Place | None = None,
+    check_model: CheckModel | None = None,
 ) -> RunningGeneration:
     """Starts answering the prompts of all splits; sound shards of an earlier start are kept.
 
@@ -69,6 +71,8 @@ def generate(
         canary_path: What Megatron says about the opponent (`canary.py`); None: not known.
         keeper: Gives an engine that lives on, and takes it back; None: one for this alone.
         place: Where each of `generation.replicas` samplers runs; None: on this machine.
+        check_model: Refuses a directory that no engine may see; None: `check_checkpoint`, which reads
+            all weights at every start.
 
     Returns:
         The running process; `finish` is called when its `poll` gives 0.
@@ -93,6 +97,7 @@ def generate(
         canary_path=canary_path,
         keeper=keeper,
         place=place,
+        check_model=check_model,
     )
 
 
@@ -144,6 +149,7 @@ def start(
     canary_path: Path | None = None,
     keeper: EngineKeeper | None = None,
     place: Place | None = None,
+    check_model: CheckModel | None = None,
 ) -> RunningGeneration:
     """Starts one sampler for all passes, where a shard of them is missing.
 
@@ -159,6 +165,7 @@ def start(
         canary_path: As for `generate`.
         keeper: As for `generate`.
         place: As for `generate`.
+        check_model: As for `generate`.
 
     Raises:
         NemoSpinError: As `generate`.
@@ -190,7 +197,7 @@ def start(
     missing = keep_sound_shards(request, progress)
     if missing == 0:
         return NothingToDo()
-    _check_model(model_dir)
+    (check_model or _check_model)(model_dir)
     python = sampler_python(config)
     start_job = partial(
         SamplerJob,

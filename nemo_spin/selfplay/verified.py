@@ -77,6 +77,22 @@ class Verified:
 
     def weights_sha256(self, model_dir: Path, compute: Callable[[Path], str]) -> str:
         """`compute(model_dir)`, unless no file of the directory was touched since the last time."""
+        return self._unless_untouched("weights", model_dir, compute)
+
+    def sound(self, model_dir: Path, check: Callable[[Path], object]) -> None:
+        """`check(model_dir)`, unless it passed before and no file of the directory was touched since.
+
+        Raises:
+            NemoSpinError: What the check raises; then nothing is remembered.
+        """
+
+        def passed(_: Path) -> str:
+            check(model_dir)
+            return "passed"
+
+        self._unless_untouched("sound", model_dir, passed)
+
+    def _unless_untouched(self, what: str, model_dir: Path, compute: Callable[[Path], str]) -> str:
         directory = model_dir.resolve()
         stamps: Stamp = [
             number
@@ -84,7 +100,7 @@ class Verified:
             if path.is_file()
             for number in (_stamp(path) or [])
         ]
-        key = f"weights:{directory}"
+        key = f"{what}:{directory}"
         known = self._known.get(key)
         if known is not None and known[1] == stamps:
             return str(known[0])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.bridge.checkpoint_files import weights_sha256
+from nemo_spin.bridge.checkpoint_files import check_checkpoint, weights_sha256
 from nemo_spin.selfplay.stages.stage import Context
 
 
@@ -18,13 +19,18 @@ def opponent_dir(context: Context, iteration: int | None) -> Path:
 def served(context: Context, iteration: int | None) -> dict[str, Any]:
     """What the sampler loads for theta_t: `model_dir`, and `adapter_dir` beside it or None.
 
+    And `check_model`, which reads all weights once, and again only where a file was touched.
+
     Args:
         context: The stage's.
         iteration: t.
     """
     if not iteration or not context.config.generation.adapters:
-        return {"model_dir": opponent_dir(context, iteration), "adapter_dir": None}
-    return {"model_dir": context.theta_0, "adapter_dir": context.run.iteration(iteration - 1).adapter}
+        loaded, adapter = opponent_dir(context, iteration), None
+    else:
+        loaded, adapter = context.theta_0, context.run.iteration(iteration - 1).adapter
+    check_model = partial(context.verified.sound, check=check_checkpoint)
+    return {"model_dir": loaded, "adapter_dir": adapter, "check_model": check_model}
 
 
 def opponent_canary(context: Context, iteration: int | None) -> Path | None:

@@ -107,3 +107,31 @@ def test_weights_are_hashed_when_a_file_was_touched(tmp_path: Path, directory: P
     assert Verified(tmp_path / "known").weights_sha256(directory, compute) == f"{2:064d}"
     (directory / "new").write_text("surplus")
     assert Verified(tmp_path / "known").weights_sha256(directory, compute) == f"{3:064d}"
+
+
+def test_a_model_is_checked_until_it_passes_and_when_a_file_was_touched(
+    tmp_path: Path, directory: Path
+) -> None:
+    calls: list[Path] = []
+
+    def check(path: Path) -> None:
+        calls.append(path)
+        if (path / "a").read_text() == "nan":
+            raise DataError("not finite")
+
+    def sound() -> None:
+        Verified(tmp_path / "known").sound(directory, check)
+
+    sound()
+    sound()
+    assert calls == [directory]
+    (directory / "a").write_text("nan")
+    for _ in range(2):
+        with pytest.raises(DataError, match="not finite"):
+            sound()
+    assert len(calls) == 3
+    (directory / "a").write_text("good")
+    sound()
+    sound()
+    assert len(calls) == 4
+    assert Verified(tmp_path / "known").weights_sha256(directory, lambda _: "another") == "another"
