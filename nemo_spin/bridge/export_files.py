@@ -8,10 +8,12 @@ how the model was split nor on the time.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,18 +85,58 @@ def create_files(plan: ExportPlan, directory: Path) -> None:
     """Creates the weight files with their headers and reserves the room for all data.
 
     Raises:
-        OSError: There is not enough room: known here, before anything is computed.
+        OSError: There is not enough room: known here, before anything is written.
     """
+    all_reserved = True
     for name, file in plan.files.items():
         descriptor = os.open(directory / name, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o644)
         try:
-            os.posix_fallocate(descriptor, 0, file.size)
+            all_reserved &= _reserve(descriptor, file.size)
             os.pwrite(descriptor, file.header, 0)
         finally:
             os.close(descriptor)
+    if not all_reserved:
+        _look_for_room(directory, sum(file.size for file in plan.files.values()))
     if plan.index is not None:
         text = json.dumps(plan.index, indent=2, sort_keys=True) + "\n"
         (directory / INDEX_NAME).write_text(text, encoding="utf-8")
+
+
+def _find_fallocate() -> Callable[[int, int, int, int], int] | None:
+    """The system call of Linux itself; None where the C library has none."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+        function.restype = ctypes.c_int
+    return function
+
+
+_fallocate = _find_fallocate()
+
+
+def _reserve(descriptor: int, size: int) -> bool:
+    """Gives a new file its size and room on the disk; False where the file system reserves none.
+
+    There, `posix_fallocate` would write into every block: one machine all weights' worth of zeros,
+    before the others begin.
+    """
+    while _fallocate is not None:
+        if _fallocate(descriptor, 0, 0, size) == 0:
+            return True
+        number = ctypes.get_errno()
+        if number in (errno.EOPNOTSUPP, errno.ENOSYS):
+            break
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+    os.ftruncate(descriptor, size)
+    return False
+
+
+def _look_for_room(directory: Path, size: int) -> None:
+    """Refuses what the file system says it has no room for; some do not say."""
+    status = os.statvfs(directory)
+    if status.f_blocks and status.f_bavail * status.f_frsize < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def base_model(source_dir: Path) -> str:

@@ -1,13 +1,17 @@
 """What an export consists of beside its values."""
 
+import ctypes
+import errno
 import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from nemo_spin.bridge import export_files
 from nemo_spin.bridge.checkpoint_files import open_checkpoint
 from nemo_spin.bridge.export_files import (
     base_model,
@@ -65,6 +69,43 @@ def test_room_is_reserved_before_anything_is_written(tmp_path: Path) -> None:
     plan = plan_export({"a": (64, 64)}, dtype="F32", max_shard_bytes=10**9)
     with small_files_only(), pytest.raises(OSError, match="File too large"):
         create_files(plan, tmp_path)
+
+
+@pytest.fixture
+def no_reserving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for a file system without fallocate, such as NFS 4.0, by its answer alone."""
+
+    def unsupported(*_: int) -> int:
+        ctypes.set_errno(errno.EOPNOTSUPP)
+        return -1
+
+    monkeypatch.setattr(export_files, "_fallocate", unsupported)
+
+
+@pytest.mark.usefixtures("no_reserving")
+def test_where_no_room_can_be_reserved_nothing_is_written_for_it(tmp_path: Path) -> None:
+    plan = plan_export({"a": (4096, 4096), "b": (1024, 4096)}, dtype="F32", max_shard_bytes=64 << 20)
+    create_files(plan, tmp_path)
+    for name, file in plan.files.items():
+        status = (tmp_path / name).stat()
+        assert status.st_size == file.size
+        assert status.st_blocks * 512 <= 64 << 10, "the header alone"
+    assert set(open_checkpoint(tmp_path).tensors) == {"a", "b"}
+
+
+@pytest.mark.usefixtures("no_reserving")
+@pytest.mark.parametrize(("blocks", "raised"), [(10**6, "No space left"), (0, None)])
+def test_where_none_can_be_reserved_the_file_system_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, raised: str | None
+) -> None:
+    plan = plan_export({"a": (64, 64), "b": (64, 64)}, dtype="F32", max_shard_bytes=20_000)
+    answer = SimpleNamespace(f_blocks=blocks, f_bavail=8, f_frsize=4096)  # one of two files
+    monkeypatch.setattr(os, "statvfs", lambda _: answer)
+    if raised is None:  # it does not know itself
+        create_files(plan, tmp_path)
+    else:
+        with pytest.raises(OSError, match=raised):
+            create_files(plan, tmp_path)
 
 
 def test_the_order_is_that_of_the_table(tmp_path: Path) -> None:
