@@ -15,6 +15,9 @@ from nemo_spin.generation.request import GenerationRequest, Pass, ShardPlan
 
 Turn = tuple[Pass, ShardPlan]
 _POLL_S = 0.2
+_LONGEST_POLL_S = 4.0  # less than the others are given to see that nothing is left
+_PATIENCE = 8  # the next look comes after an eighth of the wait so far: all who wait look at all leases
+_LOOKS = 25  # in the time after which an owner is taken to be dead, at least
 
 
 def turns(request: GenerationRequest, steps: status.StatusWriter) -> Iterator[Turn]:
@@ -43,10 +46,11 @@ def turns(request: GenerationRequest, steps: status.StatusWriter) -> Iterator[Tu
 
 
 def _shared(request: GenerationRequest, steps: status.StatusWriter, leases: Leases) -> Iterator[Turn]:
+    assert request.leases is not None, "shards are shared by leases"
     out_dir = Path(request.out_dir)
-    pending, waits = missing(request), False
+    pending, waits, changed = missing(request), False, 0.0
     while pending:
-        taken = None
+        taken, num_pending = None, len(pending)
         left: list[Turn] = []
         for position, turn in enumerate(pending):
             name = turn[1].file
@@ -68,8 +72,16 @@ def _shared(request: GenerationRequest, steps: status.StatusWriter, leases: Leas
         elif pending:
             if not waits:
                 steps.step(status.WAIT, pending[0][1].file)
+            if not waits or len(pending) < num_pending:
+                changed = time.monotonic()
             waits = True
-            time.sleep(_POLL_S)
+            time.sleep(_pause_s(time.monotonic() - changed, request.leases.silent_s))
+
+
+def _pause_s(waited_s: float, silent_s: float) -> float:
+    """Seconds until the next look, where nothing has changed for `waited_s`."""
+    longest = min(_LONGEST_POLL_S, silent_s / _LOOKS)
+    return max(_POLL_S, min(longest, waited_s / _PATIENCE))
 
 
 def missing(request: GenerationRequest) -> list[Turn]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from nemo_spin.errors import StageError, explain
 from nemo_spin.selfplay.heartbeat import heartbeat_path
 
-_LOOK_S = 1.0
+_LOOKS = 100  # in the time after which a rank hangs: every look opens a file of every rank
+_SHORTEST_LOOK_S = 1.0
 _NO_PHASE = "not started"
 
 
@@ -41,17 +42,18 @@ class Watchdog:
         for path in self._paths:
             path.unlink(missing_ok=True)  # of an earlier attempt
         self._silent_s = silent_s
+        self._look_s = max(_SHORTEST_LOOK_S, silent_s / _LOOKS)
         self._looked = time.monotonic()
         self._seen = [_Seen(None, _NO_PHASE, self._looked) for _ in self._paths]
 
     def check(self) -> None:
-        """Takes a look, not more than once a second.
+        """Takes a look, not more than once a second, nor more often than a hundredth of the limit.
 
         Raises:
             StageError: Ranks are silent; they are named, with the phase that they were in.
         """
         now = time.monotonic()
-        if now - self._looked < _LOOK_S:
+        if now - self._looked < self._look_s:
             return
         if now - self._looked > self._silent_s / 2:  # it is we who were stopped: look again before judging
             for seen in self._seen:

@@ -88,6 +88,24 @@ def test_a_command_that_was_stopped_itself_judges_nobody(tmp_path: Path, clock: 
     ranks.after(20, beating=(0, 1, 2))
 
 
+@pytest.mark.parametrize(("silent_s", "looks"), [(4.0, 4), (60.0, 30), (600.0, 5)])
+def test_it_looks_as_seldom_as_the_limit_allows_and_is_not_late(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, silent_s: float, looks: int
+) -> None:
+    watchdog = Watchdog("train", progress_path=tmp_path / "progress", ranks=2, silent_s=silent_s)
+    looked: list[int] = []
+    monkeypatch.setattr(watchdog, "_look", lambda index, *_: looked.append(index))
+    began = clock.now
+    with pytest.raises(StageError):
+        while True:
+            clock.now += 0.125
+            watchdog.check()
+            if clock.now - began <= 30:
+                in_half_a_minute = len(looked) // 2
+    assert in_half_a_minute == looks
+    assert clock.now - began <= max(silent_s + 1, 1.01 * silent_s)
+
+
 def test_what_an_earlier_attempt_left_is_no_sign_of_life(tmp_path: Path, clock: Clock) -> None:
     Ranks(tmp_path, clock).beat(0, 1, 2)
     assert Ranks(tmp_path, clock).watchdog.phases() == 'ranks 0, 1, 2 in "not started"'
