@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 
 from nemo_spin.config.mistakes import Mistake
 from nemo_spin.errors import ConfigError, explain
-from nemo_spin.megatron.costs import GIB, Memory, offloaded_bytes, scoring_memory, usable_bytes
+from nemo_spin.megatron.costs import (
+    GIB,
+    Memory,
+    checkpoint_seconds,
+    offloaded_bytes,
+    scoring_memory,
+    usable_bytes,
+)
 from nemo_spin.selfplay.planning.layouts import (
     Candidate,
     Search,
@@ -218,7 +225,13 @@ def _sampler_does_not_fit(request: Request) -> ConfigError:
 
 def _notes(plan: Plan) -> list[str]:
     request = plan.request
-    found = [_about_batches(plan), _about_offloading(plan), _about_checkpoints(plan), _about_faster(plan)]
+    found = [
+        _about_batches(plan),
+        _about_offloading(plan),
+        _about_checkpoints(plan),
+        _about_leaving(plan),
+        _about_faster(plan),
+    ]
     if plan.model.architecture is None:
         found.append("this model can be planned for, but not trained yet: the bridge has no table for it")
     if request.work.packing != "none" and request.work.longest_unit > plan.chosen.work.micro_batch_tokens:
@@ -263,6 +276,19 @@ def _about_checkpoints(plan: Plan) -> str | None:
     return (
         f"{share:.0%} of training is saving checkpoints, if a node writes 1 GB/s; "
         f"trainer.save_interval={plan.request.config.trainer.save_interval} could be larger"
+    )
+
+
+def _about_leaving(plan: Plan) -> str | None:
+    request, launcher = plan.request, plan.request.config.launcher
+    seconds = checkpoint_seconds(plan.model.shape, plan.chosen.layout, request.numerics, request.cluster)
+    if seconds <= launcher.preemption_grace_s:
+        return None
+    both = "raise it, and launcher.slurm.signal_s with it" if launcher.name == "slurm" else "raise it"
+    return (
+        f"a checkpoint takes {seconds:,.0f} s, if a node writes 1 GB/s: a training that is told to leave is "
+        f"killed after launcher.preemption_grace_s={launcher.preemption_grace_s:g} and goes on from the "
+        f"checkpoint before; {both}"
     )
 
 

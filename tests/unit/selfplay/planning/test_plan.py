@@ -205,6 +205,21 @@ def test_more_replicas_than_a_batch_has_pairs(tmp_path: Path) -> None:
     assert any("feeds 2 of 4 replicas" in note for note in plan.notes)
 
 
+def test_a_grace_that_no_checkpoint_fits_into(tmp_path: Path) -> None:
+    """8.03e9 weights by 2 + 4 + 4 bytes, from one node: 80 s; by two replicas' nodes 40 s each."""
+    layout = ("model.tensor_model_parallel_size=4", "model.pipeline_model_parallel_size=1")
+    _, plan = planned(tmp_path, models.LLAMA_3_8B, *layout)
+    (note,) = [note for note in plan.notes if "preemption_grace_s=60" in note]
+    assert note.startswith("a checkpoint takes 80 s") and "signal_s" not in note
+    slurm = ("launcher.name=slurm", "launcher.preemption_grace_s=79", "launcher.slurm.signal_s=80")
+    _, plan = planned(tmp_path, models.LLAMA_3_8B, *layout, *slurm)
+    assert any("preemption_grace_s=79" in note and "signal_s" in note for note in plan.notes)
+    _, plan = planned(tmp_path, models.LLAMA_3_8B, *layout, "launcher.preemption_grace_s=81")
+    assert not any("preemption_grace_s" in note for note in plan.notes)
+    _, plan = planned(tmp_path, models.LLAMA_3_8B, *layout, nodes=2)
+    assert not any("preemption_grace_s" in note for note in plan.notes)
+
+
 def test_tables_and_json_say_the_same(tmp_path: Path) -> None:
     _, plan = planned(tmp_path, models.LLAMA_2_70B, nodes=32)
     text = written(plan, as_data=False)
