@@ -42,6 +42,7 @@ from nemo_spin.bridge.placement import (
     tensor_to_bits,
     view,
 )
+from nemo_spin.bridge.replicas import own_share
 from nemo_spin.bridge.safetensors_format import DTYPE_OF, ITEM_SIZES, StoredTensor
 from nemo_spin.bridge.writer import BlockWriter
 from nemo_spin.data.files import Manifest, atomic_directory, sha256_files, write_manifest
@@ -274,7 +275,7 @@ def _joined_blocks(placed: Placed, plan: ExportPlan) -> Iterator[Block]:
 def verify_export(model_chunks: Sequence[nn.Module], out_dir: Path, architecture: Architecture) -> None:
     """The export gate: reads an export back and compares it bit for bit. All ranks must call.
 
-    Every rank compares what it holds, converted to the stored type.
+    Every rank compares what it holds, converted to the stored type; of what replicas hold, each a share.
 
     Raises:
         CheckpointError: The directory is not a checkpoint of this architecture.
@@ -283,13 +284,13 @@ def verify_export(model_chunks: Sequence[nn.Module], out_dir: Path, architecture
 
     def compare() -> None:
         checkpoint = open_model(out_dir, architecture)
-        compare_placed(place(model_chunks, architecture), checkpoint)
+        compare_placed(own_share(place(model_chunks, architecture)), checkpoint)
 
     together(compare)
 
 
 def compare_placed(parameters: list[Placed], checkpoint: Checkpoint) -> None:
-    """Compares this rank's parameters with what is stored, bit for bit in the stored type.
+    """Compares parameters of this rank with what is stored, bit for bit in the stored type.
 
     Raises:
         ExportError: One differs.

@@ -1,4 +1,4 @@
-"""Hugging Face weights into Megatron's parameters: every rank reads what it holds, no more."""
+"""Hugging Face weights into Megatron's parameters: of what replicas hold, each reads a share."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from nemo_spin.bridge.agreement import together
 from nemo_spin.bridge.checkpoint_files import Checkpoint, all_finite, open_model
 from nemo_spin.bridge.mappings import Piece
 from nemo_spin.bridge.placement import Placed, bits_to_tensor, place, row_blocks, view
+from nemo_spin.bridge.replicas import hand_round, own_share
 from nemo_spin.bridge.safetensors_format import ITEM_SIZES, damaged
 from nemo_spin.megatron.architecture import Architecture
 
@@ -23,7 +24,8 @@ def load_weights(model_chunks: Sequence[nn.Module], hf_dir: Path, architecture: 
     """Fills this rank's parameters from a Hugging Face directory. All ranks must call.
 
     Values are converted to the type of each parameter. Rows that pad the vocabulary are
-    zero. Beyond its parameters a rank holds a few blocks of tensors.
+    zero. Beyond its parameters a rank holds a few blocks of tensors. What data-parallel replicas
+    hold in common is read once and sent to the others: storage is read once, however many there are.
 
     Args:
         model_chunks: What the provider built, wrapped or not.
@@ -40,8 +42,8 @@ def load_weights(model_chunks: Sequence[nn.Module], hf_dir: Path, architecture: 
         return checkpoint, place(model_chunks, architecture)
 
     checkpoint, parameters = together(prepare)
-
-    together(lambda: _fill(parameters, checkpoint))
+    together(lambda: _fill(own_share(parameters), checkpoint))
+    hand_round(parameters)
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ class Placed:
         is_first_replica: Whether this rank is of the first of the data-parallel replicas.
         spread: The pieces of every tensor-parallel rank, where a stored row is made of several:
             of all ranks, or of parts of this one's parameter. Empty where no row is.
+        replicas: Process group of the ranks that hold the same values; None where it is not known.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Placed:
     is_writer: bool
     is_first_replica: bool
     spread: tuple[tuple[Piece, ...], ...] = ()
+    replicas: Any = None
 
 
 def unwrapped(chunk: nn.Module) -> nn.Module:
@@ -100,6 +102,7 @@ def _placed(name: str, parameter: Tensor, *, chunk: nn.Module, architecture: Arc
         is_writer=mapping.is_writer(share) and not is_copy,
         is_first_replica=_is_first_replica(expert),
         spread=_spread(mapping, architecture, share.tp_size, vocab_rows),
+        replicas=_replicas(expert),
     )
 
 
@@ -145,6 +148,12 @@ def _is_first_replica(expert: int | None) -> bool:
     if expert is not None:
         return bool(parallel_state.get_expert_data_parallel_rank() == 0)
     return bool(parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0)
+
+
+def _replicas(expert: int | None) -> Any:
+    if expert is not None:
+        return parallel_state.get_expert_data_parallel_group()
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def _unplaceable(name: str, architecture: Architecture, found: str) -> CheckpointError:

@@ -72,6 +72,42 @@ def convert(tp_size: int, pp_size: int, source: Path, target: Path, options: dic
     return manifest
 
 
+def shared_reading(sizes: dict[str, int], source: Path) -> tuple[list[list[Any]], list[list[Any]]]:
+    """What every rank reads to import and then to compare; all of them hold `source` in between."""
+    import torch
+
+    from nemo_spin.bridge.checkpoint_files import Checkpoint, open_model
+    from nemo_spin.bridge.export_hf import compare_placed, verify_export
+    from nemo_spin.bridge.import_hf import load_weights
+    from nemo_spin.bridge.placement import place
+
+    chunks, architecture = _build(
+        sizes.get("tp", 1), sizes.get("pp", 1), source, "float32", ep_size=sizes.get("ep", 1)
+    )
+    read, regions = Checkpoint.read, []
+
+    def counted(checkpoint: Checkpoint, name: str, region: Any) -> Any:
+        regions.append((name, tuple(region)))
+        return read(checkpoint, name, region)
+
+    def of_all_ranks() -> list[list[Any]]:
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, list(regions))
+        regions.clear()
+        return gathered
+
+    Checkpoint.read = counted  # type: ignore[method-assign]
+    try:
+        load_weights(chunks, source, architecture)
+        imported = of_all_ranks()
+        verify_export(chunks, source, architecture)
+        compared = of_all_ranks()
+    finally:
+        Checkpoint.read = read  # type: ignore[method-assign]
+    compare_placed(place(chunks, architecture), open_model(source, architecture))  # all that this one holds
+    return imported, compared
+
+
 def padded_rows(tp_size: int, source: Path) -> list[float]:
     """Largest absolute values of the rows that pad the embedding and the output layer."""
     import torch

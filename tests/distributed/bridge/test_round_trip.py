@@ -65,6 +65,25 @@ def test_every_layout_writes_the_same_bytes_and_the_source_values(
     assert weights_sha256(source) == weights_sha256(tmp_path / "tp1-pp1")
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes", "num_ranks"),
+    [("llama", {}, 2), ("llama", {"tp": 2}, 4), ("qwen3_moe", {"ep": 2}, 4)],
+    ids=["two replicas", "two of two ranks", "experts in groups of their own"],
+)
+def test_replicas_share_what_is_read(
+    tmp_path: Path, family: str, sizes: dict[str, int], num_ranks: int
+) -> None:
+    """Every value once for each rank of a replica that holds it; all replicas have it afterwards."""
+    source = make_checkpoint(tmp_path / "source", family)
+    for reading in run_ranks(ranks.shared_reading, num_ranks, sizes, source):
+        everything = [region for regions in reading for region in regions]
+        shared = [region for region in everything if everything.count(region) > 1]
+        copied = {name for name, _ in shared}  # by tensor-parallel ranks, which all hold them
+        assert all("norm" in name for name in copied) if "tp" in sizes else not copied
+        assert {name for name, _ in everything} == set(open_checkpoint(source).tensors)
+        assert all(reading), "none only waits"
+
+
 def test_an_export_through_a_link_lands_where_the_link_points(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source")
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")

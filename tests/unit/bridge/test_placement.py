@@ -55,6 +55,7 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         get_tensor_model_parallel_rank=lambda: 0,
         get_tensor_model_parallel_world_size=lambda: 1,
         get_data_parallel_rank=lambda with_context_parallel: 0,
+        get_data_parallel_group=lambda with_context_parallel: None,
     )
     monkeypatch.setattr(placement, "parallel_state", state)
 
