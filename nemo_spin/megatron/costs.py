@@ -728,14 +728,19 @@ def export_seconds(shape: ModelShape, layout: ParallelLayout, numerics: Numerics
     return size / writers * (1 / STORAGE_WRITE + 1 / STORAGE_READ) + size / HASH_RATE
 
 
-def checkpoint_seconds(
-    shape: ModelShape, layout: ParallelLayout, numerics: Numerics, cluster: Cluster
-) -> float:
-    """To save weights, main weights and optimizer state for resuming; sharded states from all nodes."""
+def checkpoint_bytes(shape: ModelShape, numerics: Numerics) -> float:
+    """Of a resume checkpoint: trained weights, main weights and optimizer state."""
     kept = numerics.bytes_per_number + _MAIN * _OPTIMIZER_NUMBERS[numerics.optimizer]
     if numerics.bytes_per_number < _MAIN:
         kept += _MAIN
+    saved = trained_parameters(shape, ParallelLayout(), replace(numerics, vocabulary_multiple=1), stage=0)
+    return saved.total * kept
+
+
+def checkpoint_seconds(
+    shape: ModelShape, layout: ParallelLayout, numerics: Numerics, cluster: Cluster
+) -> float:
+    """To save what a resume checkpoint holds; sharded states from all nodes."""
     replica = math.ceil(layout.tensor * layout.pipeline * layout.expert / cluster.gpus_per_node)
     writers = cluster.nodes if layout.distributed_optimizer else min(cluster.nodes, replica)
-    saved = trained_parameters(shape, ParallelLayout(), replace(numerics, vocabulary_multiple=1), stage=0)
-    return saved.total * kept / writers / STORAGE_WRITE
+    return checkpoint_bytes(shape, numerics) / writers / STORAGE_WRITE

@@ -28,8 +28,10 @@ from nemo_spin.selfplay.planning.layouts import (
 from nemo_spin.selfplay.planning.model import PlannedModel
 from nemo_spin.selfplay.planning.request import Request
 from nemo_spin.selfplay.planning.stages import (
+    FilesLeft,
     SamplerPlan,
     StageTimes,
+    files_left,
     samplers,
     stage_times,
 )
@@ -53,6 +55,7 @@ class Plan:
         num_fitting, num_layouts: Of the layouts that divide both.
         sampling: How the opponent answers.
         times: Of the stages.
+        files: What an iteration leaves on the disk.
         doubled: The same with twice the nodes.
         faster: A faster layout that is refused today, and why.
         notes: What else the user should know, one line each.
@@ -68,6 +71,7 @@ class Plan:
     num_layouts: int
     sampling: SamplerPlan
     times: StageTimes
+    files: FilesLeft
     doubled: Plan | None
     faster: tuple[Candidate, Mistake] | None
     notes: tuple[str, ...]
@@ -116,6 +120,7 @@ def make_plan(model: PlannedModel, request: Request, *, double: bool = True) -> 
     if not sampling:
         raise _sampler_does_not_fit(request)
     own = configured(shape, request)
+    times = stage_times(shape, chosen, request, sampling[0])
     plan = Plan(
         model=model,
         request=request,
@@ -128,7 +133,8 @@ def make_plan(model: PlannedModel, request: Request, *, double: bool = True) -> 
         num_fitting=len(found.fitting),
         num_layouts=found.tried,
         sampling=sampling[0],
-        times=stage_times(shape, chosen, request, sampling[0]),
+        times=times,
+        files=files_left(shape, request, steps=times.steps),
         doubled=_doubled(model, request) if double else None,
         faster=faster,
         notes=(),

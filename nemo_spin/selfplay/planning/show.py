@@ -48,6 +48,7 @@ def render(plan: Plan) -> RenderableType:
         _layout_table(plan),
         Text(_times_title(plan)),
         _time_table(plan),
+        _files_line(plan),
     ]
     parts += [Text(f"  note: {note}") for note in plan.notes]
     parts.append(Text("  Times are estimates (megatron/costs.py says of what); memory is checked by tests."))
@@ -166,6 +167,19 @@ def _time_table(plan: Plan) -> Table:
     return table
 
 
+def _files_line(plan: Plan) -> Text:
+    files = plan.files
+    several = f"{files.checkpoints} checkpoints" if files.checkpoints > 1 else "a checkpoint"
+    return Text(
+        f"  An iteration leaves {_gb(files.total)}: the model, {_gb(files.model)}, and {several} of "
+        f"{_gb(files.checkpoint)}, one more while it is saved\n"
+    )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e12:.3g} TB" if size >= 1e12 else f"{size / 1e9:.3g} GB"
+
+
 def utilisation(plan: Plan) -> float:
     """Needed floating-point operations of a step over what the GPUs could do in its time."""
     unit = unit_flops(plan.model.shape, plan.request.work)
@@ -195,6 +209,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "layouts": {"fitting": plan.num_fitting, "all": plan.num_layouts},
         "sampler": asdict(plan.sampling),
         "seconds": {**asdict(plan.times), "total": plan.times.total},
+        "files": {**asdict(plan.files), "total": plan.files.total},
         "utilisation": utilisation(plan),
         "overrides": list(plan.overrides),
         "notes": list(plan.notes),

@@ -9,10 +9,12 @@ from nemo_spin.megatron.costs import (
     START_S,
     Sampler,
     SamplerMemory,
+    checkpoint_bytes,
     checkpoint_seconds,
     export_seconds,
     generation_seconds,
     load_seconds,
+    parameter_count,
     sampler_memory,
     step_time,
 )
@@ -49,6 +51,20 @@ class StageTimes:
     def total(self) -> float:
         """One after the other."""
         return self.generate + self.score + self.train + self.export
+
+
+@dataclass(frozen=True)
+class FilesLeft:
+    """Bytes that an iteration leaves; while a checkpoint is saved there is one more of them."""
+
+    model: float
+    checkpoint: float
+    checkpoints: int
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.model + self.checkpoints * self.checkpoint
 
 
 def samplers(shape: ModelShape, request: Request) -> list[SamplerPlan]:
@@ -106,4 +122,15 @@ def stage_times(shape: ModelShape, chosen: Candidate, request: Request, sampling
         export=START_S["export"] + export_seconds(shape, layout, numerics, cluster),
         steps=steps,
         checkpoints=checkpoints,
+    )
+
+
+def files_left(shape: ModelShape, request: Request, *, steps: int) -> FilesLeft:
+    """By an iteration of so many optimizer steps; answers and logs are small beside it."""
+    trainer = request.config.trainer
+    saved = math.ceil(steps / trainer.save_interval) if trainer.save_interval else 1
+    return FilesLeft(
+        model=parameter_count(shape) * request.numerics.bytes_per_number,
+        checkpoint=checkpoint_bytes(shape, request.numerics),
+        checkpoints=min(trainer.save_top_k, max(1, saved)),
     )

@@ -220,6 +220,20 @@ def test_a_grace_that_no_checkpoint_fits_into(tmp_path: Path) -> None:
     assert not any("preemption_grace_s" in note for note in plan.notes)
 
 
+def test_what_an_iteration_leaves_on_the_disk(tmp_path: Path) -> None:
+    """68.98e9 weights: 2 bytes each of the model, 2 + 4 + 4 of each checkpoint that stays."""
+    settings = ("trainer.save_interval=10", "trainer.save_top_k=3")
+    _, plan = planned(tmp_path, models.LLAMA_2_70B, *settings, nodes=4)
+    assert plan.files.model == 2 * 68_976_648_192
+    assert plan.files.checkpoint == 10 * 68_976_648_192
+    assert plan.files.checkpoints == 3
+    text = " ".join(written(plan, as_data=False).split())
+    assert "An iteration leaves 2.21 TB: the model, 138 GB, and 3 checkpoints of 690 GB" in text
+    assert json.loads(written(plan, as_data=True))["files"]["total"] == 32 * 68_976_648_192
+    _, plan = planned(tmp_path, models.LLAMA_2_70B, "trainer.save_interval=null", nodes=4)
+    assert plan.files.checkpoints == 1, "the last one"
+
+
 def test_tables_and_json_say_the_same(tmp_path: Path) -> None:
     _, plan = planned(tmp_path, models.LLAMA_2_70B, nodes=32)
     text = written(plan, as_data=False)
