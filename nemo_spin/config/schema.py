@@ -87,7 +87,7 @@ class ModelConfig:
 class GatesConfig:
     """The three gates of an iteration; a tolerance of null turns a gate off."""
 
-    ln2_tolerance: float | None = 1e-3  # |first loss - its value at margin 0|
+    ln2_tolerance: float | None = 1e-3  # |first loss - its value at margin 0|; bf16 has rounding added
     sampler_tolerance: float | None = None  # mean |sampler - Megatron| nats per token; null: by precision
     sampler: bool = True
     export: bool = True  # read every export back and compare bit for bit

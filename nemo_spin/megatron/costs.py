@@ -298,8 +298,12 @@ def layer_activation_bytes(
         norms       2 x (input, normalised output)
         attention   (2 N + 3 G) D / t: rotated queries and keys, and the projection that the values
                     are a view of; 2 N D / t: the output, and the copy that is projected (one
-                    without packing); 4 D: the sines and cosines of queries and keys
-        MLP         5 f / t: gate, up (once more where Megatron adds its offset of 0), silu(gate), product
+                    without packing)
+        MLP         3 f / t: gate, up and their product; 5 f / t with another gate than SwiGLU, and
+                    in experts: up once more, to which Megatron adds its offset of 0, and act(gate)
+
+    Sines and cosines are shared by all layers, and not counted. (Megatron's own rotation, which local
+    layers on a GPU have, keeps 4 D more.)
 
     Packed responses have the prompt's keys and values copied before their own, and a mask.
     Under context parallelism attention keeps the gathered keys and values, 2 G D c / t, in place
@@ -320,7 +324,7 @@ def layer_activation_bytes(
     keeps_gathered = layout.context > 1 and not attends_again
     own = 2 * shape.query_size + 3 * shape.key_size
     gathered = shape.query_size + 2 * shape.key_size * layout.context
-    kept += tokens * a * ((gathered if keeps_gathered else own) / t + 4 * shape.head_dim)
+    kept += tokens * a * (gathered if keeps_gathered else own) / t
     kept += tokens * a * shape.query_size / t
     if not attends_again:
         if work.packing != "none":
@@ -336,7 +340,9 @@ def layer_activation_bytes(
     )
 
 
-def _mlp_numbers(shape: ModelShape) -> int:
+def _mlp_numbers(shape: ModelShape, *, experts: bool = False) -> int:
+    if shape.gated and shape.swiglu and not experts:
+        return 3
     return 5 if shape.gated else 2
 
 
@@ -344,7 +350,7 @@ def _moe_bytes(
     shape: ModelShape, layout: ParallelLayout, numerics: Numerics, *, tokens: float, own_tokens: float
 ) -> float:
     """Experts of a rank take k of its own tokens' copies, on average: balanced routing is assumed."""
-    numbers = _mlp_numbers(shape)
+    numbers = _mlp_numbers(shape, experts=True)
     routed = shape.experts_per_token * (numbers * shape.moe_ffn_hidden_size + 2 * shape.hidden_size)
     shared = numbers * shape.shared_ffn_hidden_size / layout.tensor
     return numerics.bytes_per_number * (own_tokens * routed + tokens * shared) + own_tokens * _MAIN * (

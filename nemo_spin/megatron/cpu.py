@@ -12,6 +12,7 @@ backend without a trace.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 _TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
     torch.float16: "torch.cuda.HalfTensor",
@@ -82,7 +84,10 @@ def install() -> None:
     """Makes `torch.cuda` mean the CPU in this process, once and for its lifetime."""
     if _installed:
         return
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.tensor_parallel import random as megatron_random
+
+    from nemo_spin.megatron.rotation import rotate
 
     choose_vector_kernels()
     cuda: Any = torch.cuda
@@ -100,6 +105,7 @@ def install() -> None:
     rng: Any = megatron_random
     rng._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    rope_utils.fused_apply_rotary_pos_emb = rotate
     _hand_over_split_sizes()
     mode = _CudaMeansCpu()
     mode.__enter__()
@@ -114,6 +120,19 @@ def choose_vector_kernels() -> None:
     processes with eight threads, and in none after this.
     """
     torch.zeros(1).cos()
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep what is freed from here on, for what is asked for next.
+
+    glibc maps blocks of up to 32 MB and more for themselves and gives them back at once, so that every
+    activation of a longer row is made of new pages, each of which the kernel has to find and clear: a
+    quarter of a step with rows of 8,192 tokens. Other C libraries are left as they are.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(_M_MMAP_MAX, 0)
+        library.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def _hand_over_split_sizes() -> None:

@@ -21,6 +21,7 @@ from nemo_spin.config.schema import ModelConfig
 from nemo_spin.data.context import row_multiple, share_of
 from nemo_spin.data.datasets import Units
 from nemo_spin.data.packing import Layout, Microbatch, of_one_shape
+from nemo_spin.megatron import cpu
 from nemo_spin.megatron.forward_step import ForwardStep, LossFunction, row_logps
 from nemo_spin.megatron.fp8 import row_alignment
 from nemo_spin.megatron.meter import Meter
@@ -65,6 +66,8 @@ class Engine:
             alignment=row_alignment(config),
         )
         self.layout = replace(self.layout, pad_to_multiple=multiple)
+        if self.runtime.device.type == "cpu":
+            cpu.keep_freed_memory()  # from here on: what loading the weights took is given back
 
     @property
     def _config(self) -> Any:

@@ -22,6 +22,7 @@ from nemo_spin.megatron.layers import (
     UnbiasedRowParallelLinear,
 )
 from nemo_spin.megatron.norm import HeadsNorm, LayerNorm, RMSNorm
+from nemo_spin.megatron.swiglu import SwiGLU
 
 
 def gelu_tanh(values: Tensor) -> Tensor:
@@ -47,6 +48,7 @@ def family_settings(architecture: Architecture) -> dict[str, Any]:
         "layernorm_epsilon": architecture.norm_epsilon,
         "gated_linear_unit": architecture.gated,
         "activation_func": _ACTIVATIONS[architecture.activation],
+        "use_te_activation_func": _has_swiglu(architecture),  # the one that the layer's spec names
         "add_bias_linear": architecture.attention_output_bias or architecture.mlp_bias,
         "add_qkv_bias": architecture.qkv_bias,
         "qk_layernorm": architecture.qk_norm,  # Megatron sums such gradients over ranks: not whole_qk_norm
@@ -74,6 +76,11 @@ def _expert_settings(architecture: Architecture) -> dict[str, Any]:
     }
 
 
+def _has_swiglu(architecture: Architecture) -> bool:
+    """Experts have other modules around their gates, and keep Megatron's."""
+    return architecture.gated and architecture.activation == "silu" and not architecture.num_experts
+
+
 def norm_class(architecture: Architecture) -> type:
     """The norm of local layers."""
     return {"rms": RMSNorm, "layer": LayerNorm}[architecture.normalization]
@@ -89,6 +96,7 @@ def layer_spec(architecture: Architecture, *, transformer_engine: bool) -> Any:
             num_experts=architecture.num_experts or None, qk_layernorm=architecture.qk_norm
         )
         spec.submodules.self_attention.submodules.core_attention = attention
+        _put_activation(spec, architecture)
         return spec
     spec = get_gpt_layer_local_spec(
         num_experts=architecture.num_experts or None,
@@ -96,6 +104,7 @@ def layer_spec(architecture: Architecture, *, transformer_engine: bool) -> Any:
         normalization="RMSNorm",
     )
     spec.submodules.self_attention.submodules.core_attention = attention
+    _put_activation(spec, architecture)
     _put_norms(spec, architecture)
     _drop_biases(spec, architecture)
     _put_layer(spec, architecture)
@@ -113,6 +122,11 @@ def _put_norms(spec: Any, architecture: Architecture) -> None:
         for name, count in heads.items():
             spec_of_norm = ModuleSpec(HeadsNorm, params={"num_heads": count})
             setattr(attention.submodules, f"{name}_layernorm", spec_of_norm)
+
+
+def _put_activation(spec: Any, architecture: Architecture) -> None:
+    if _has_swiglu(architecture):
+        mlp_submodules(spec.submodules.mlp).activation_func = SwiGLU
 
 
 def _put_layer(spec: Any, architecture: Architecture) -> None:

@@ -83,6 +83,7 @@ def transformer_config(
     which is what Megatron's `calculate_per_token_loss` does with any count.
     """
     half = params_dtype == torch.bfloat16
+    rope_factor = concentration_as_scaling_factor(architecture.rope)
     transformer_engine = uses_transformer_engine(model.transformer_impl, architecture)
     config = TransformerConfig(
         num_layers=architecture.num_layers,
@@ -107,7 +108,8 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
+        # Megatron's kernels have no factor; the CPU backend stands in for Transformer Engine's
+        apply_rope_fusion=rope_factor is None and (transformer_engine or not torch.cuda.is_available()),
         persist_layer_norm=transformer_engine,
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
@@ -117,9 +119,8 @@ def transformer_config(
         **recompute_settings(model),
         **fp8_settings(model, transformer_engine=transformer_engine),
     )
-    scaling = concentration_as_scaling_factor(architecture.rope)
-    if scaling is not None:
-        config.yarn_rotary_scaling_factor = scaling  # read by Megatron's attention
+    if rope_factor is not None:
+        config.yarn_rotary_scaling_factor = rope_factor  # read by Megatron's attention
     return config
 
 

@@ -18,6 +18,7 @@ class ModelShape:
     """The sizes of a decoder that costs depend on; experts as in Mixtral and Qwen's mixtures.
 
     Attributes:
+        gated, swiglu: Whether the MLP has a gate, and whether that is a SiLU.
         num_moe_layers: Layers with experts; the others have a dense MLP of width `ffn_hidden_size`.
         num_experts, experts_per_token: 0 for a dense model.
         moe_ffn_hidden_size: Width of one expert.
@@ -32,6 +33,7 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     gated: bool = True
+    swiglu: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
@@ -68,6 +70,7 @@ def shape_of(architecture: Architecture) -> ModelShape:
         head_dim=architecture.head_dim,
         vocab_size=architecture.vocab_size,
         gated=architecture.gated,
+        swiglu=architecture.gated and architecture.activation == "silu",
         qkv_bias=architecture.qkv_bias,
         qk_norm=architecture.qk_norm,
         tie_word_embeddings=architecture.tie_word_embeddings,

@@ -306,9 +306,13 @@ def test_a_learning_rate_that_collapses_is_stopped(tmp_path: Path) -> None:
     assert steps[-1] < STEPS - 1, "it ended before its time, and the step that showed it is on file"
 
 
-def test_opponent_values_of_another_model_stop_before_the_first_update(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_opponent_values_of_another_model_stop_before_the_first_update(
+    tmp_path: Path, precision: str
+) -> None:
     model_dir = reference.make_model(tmp_path / "model")
     _write_scored(reference.make_model(tmp_path / "other", initializer_range=0.21), tmp_path / "scored")
+    changes = {"precision": precision}
     with pytest.raises(AssertionError, match=r"GateError.*ln 2 gate(.|\n)*remedy"):
-        run_ranks(_fit, 1, model_dir, tmp_path / "scored", tmp_path, 1, 1)
+        run_ranks(_fit, 1, model_dir, tmp_path / "scored", tmp_path, 1, 1, None, changes)
     assert not (tmp_path / "train" / "checkpoints").exists()

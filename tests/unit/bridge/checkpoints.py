@@ -127,6 +127,11 @@ def config_of(family: str, **settings: Any) -> Any:
 
 
 @functools.cache
+def _place_for_all() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="nemo_spin-checkpoints-")  # removed when the process ends
+
+
+@functools.cache
 def _saved(family: str, dtype: str, shard_size: str, std: float, settings: str) -> Path:
     torch.manual_seed(11)
     config = config_of(family, **json.loads(settings))
@@ -134,7 +139,7 @@ def _saved(family: str, dtype: str, shard_size: str, std: float, settings: str) 
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms too: all would be 0 or 1
             parameter.normal_(std=std).add_(0.01)
-    directory = Path(tempfile.mkdtemp(prefix="nemo_spin-checkpoint-"))
+    directory = Path(tempfile.mkdtemp(dir=_place_for_all().name))
     model.save_pretrained(directory, max_shard_size=shard_size)
     return directory
 

@@ -149,19 +149,21 @@ def test_experts_are_shared_out_over_expert_ranks_only() -> None:
 
 
 def test_activations_of_a_layer_by_hand() -> None:
-    """bf16, Transformer Engine, pairs: 2 bytes of 4 h, 2 N D + 3 G D, 2 N D, 4 D, 5 f; 4 N of normalisers."""
+    """bf16, Transformer Engine, pairs: 2 bytes of 4 h, 2 N D + 3 G D, 2 N D, 3 f; 4 N of normalisers."""
     work = replace(WORK, packing="pairs", micro_batch_tokens=1000)
-    numbers = 4 * 4096 + (2 * 4096 + 3 * 1024) + 2 * 4096 + 4 * 128 + 5 * 14336
+    numbers = 4 * 4096 + (2 * 4096 + 3 * 1024) + 2 * 4096 + 3 * 14336
     per_token = 2 * numbers + 4 * 32
     assert layer_activation_bytes(LLAMA_3_8B, ParallelLayout(), work, BF16) == 1000 * per_token
     full = ParallelLayout(recompute="full")
     assert layer_activation_bytes(LLAMA_3_8B, full, work, BF16) == 1000 * 2 * 4096  # [K] section 5: 2 s b h
     split = ParallelLayout(tensor=4, sequence_parallel=True)
-    expected = 1000 * (per_token - 2 * 4 * 128) / 4 + 1000 * 2 * 4 * 128  # sines and cosines are not split
+    expected = 1000 * per_token / 4
     assert layer_activation_bytes(LLAMA_3_8B, split, work, BF16) == pytest.approx(expected)
     without = ParallelLayout(tensor=4)
     norms = 1000 * 2 * 4 * 4096
     assert layer_activation_bytes(LLAMA_3_8B, without, work, BF16) == pytest.approx(expected + norms * 3 / 4)
+    gelu = replace(LLAMA_3_8B, swiglu=False)  # act(gate), and what Megatron adds its offset of 0 to
+    assert layer_activation_bytes(gelu, ParallelLayout(), work, BF16) == 1000 * (per_token + 2 * 2 * 14336)
 
 
 @pytest.mark.parametrize(
