@@ -38,6 +38,8 @@ if compgen -G "$wheels/*.whl" >/dev/null; then
     export PYTHONPATH=$work/site:$PYTHONPATH
 fi
 export PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TOKENIZERS_PARALLELISM=false
+CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} # the peer would spread over all that it sees
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
 missing=$("$python" - <<'EOF'

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from nemo_spin.config.schema import ModelConfig
+from nemo_spin.config.schema import ModelConfig, OptimConfig
 from nemo_spin.data.datasets import Units
 from nemo_spin.data.packing import Layout
 from nemo_spin.megatron.architecture import Architecture
@@ -111,7 +111,7 @@ def _engine(architecture: Architecture, transformer_impl: str) -> Engine:
     from nemo_spin.megatron.runtime import initialize
 
     runtime = initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1)
-    model = ModelConfig(transformer_impl=transformer_impl)
+    model = ModelConfig(transformer_impl=transformer_impl, optim=OptimConfig(name="adam"))
     chunks = build_model(architecture, model, params_dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter in chunks[0].parameters():

@@ -307,7 +307,11 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
 
 
 def inherited_environment() -> dict[str, str]:
-    """This process's environment, in which ranks find this package and nothing of torchrun's agent."""
+    """This process's environment, in which ranks find this package and nothing of torchrun's agent.
+
+    What CUDA is to be told before it starts is added where it is not there: rows of many lengths leave
+    holes in memory unless its segments can grow, and Megatron orders what it sends by the one queue.
+    """
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
     paths = [str(Path(nemo_spin.__file__).resolve().parents[1])]
     if "site-packages" in paths[0]:  # installed: found without help
@@ -316,7 +320,11 @@ def inherited_environment() -> dict[str, str]:
         paths.append(inherited["PYTHONPATH"])
     if paths:
         inherited["PYTHONPATH"] = os.pathsep.join(paths)
-    return inherited
+    return {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        **inherited,
+    }
 
 
 def read_note(path: Path) -> dict[str, Any]:

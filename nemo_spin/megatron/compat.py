@@ -36,6 +36,13 @@ def varlen_attention() -> Callable[..., Any] | None:
     return functools.partial(attend, window_size=(-1, 0), **grouped)
 
 
+def has_transformer_engine() -> bool:
+    """Whether Megatron can use Transformer Engine: the package may be there without its PyTorch part."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)
+
+
 def complete_router() -> None:
     """Makes routing to experts work without Transformer Engine.
 

@@ -1,6 +1,8 @@
 """What a resume checkpoint holds of a model: all of it, or its adapters alone where it has some.
 
-The base of adapters never changes in training; whoever resumes loads it from the opponent.
+The base of adapters never changes in training; whoever resumes loads it from the opponent. Only tensors
+are held: scales of earlier steps (FP8's recipe `delayed`) start anew, and Transformer Engine would refuse
+to unpickle them.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_shar
 from torch import nn
 
 from nemo_spin.megatron.lora import all_adapters, is_adapter
+from nemo_spin.megatron.sharded_weights import only_tensors, take_tensors
 
 
 def _named(module: nn.Module) -> dict[str, Any]:
@@ -27,8 +30,7 @@ def _named(module: nn.Module) -> dict[str, Any]:
 def model_state(module: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     """The sharded state of a model chunk, unwrapped. All ranks must call."""
     if not is_frozen(module):
-        state: dict[str, Any] = module.sharded_state_dict(metadata=metadata)
-        return state
+        return only_tensors(module.sharded_state_dict(metadata=metadata))
     return {
         name: make_tp_sharded_tensor_for_checkpoint(parameter, name, tp_axis=parameter.partition_dim)
         if getattr(parameter, "tensor_model_parallel", False)
@@ -41,7 +43,7 @@ def model_state(module: Any, metadata: dict[str, Any]) -> dict[str, Any]:
 def load_model_state(module: Any, loaded: dict[str, Any]) -> None:
     """Takes what `model_state` described and a checkpoint held."""
     if not is_frozen(module):
-        module.load_state_dict(loaded)
+        take_tensors(module, loaded)
         return
     for name, parameter in _named(module).items():
         parameter.copy_(loaded[name])

@@ -9,7 +9,6 @@ and steps the very same parameters or slices of them.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from nemo_spin.config.schema import ModelConfig, OptimConfig
 from nemo_spin.errors import ConfigError, explain
+from nemo_spin.megatron.compat import has_transformer_engine
 from nemo_spin.megatron.optimizer_state import optimizer_parts
 
 
@@ -47,7 +47,7 @@ def offloaded_share(model: ModelConfig) -> float | None:
     """
     if not model.optimizer_cpu_offload:
         return None
-    if importlib.util.find_spec("transformer_engine") is None:
+    if not has_transformer_engine():
         raise ConfigError(
             explain(
                 "model.optimizer_cpu_offload",

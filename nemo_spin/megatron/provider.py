@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from nemo_spin.config.schema import ModelConfig
 from nemo_spin.errors import ConfigError, explain
 from nemo_spin.megatron.architecture import Architecture
-from nemo_spin.megatron.compat import complete_router, norms_are_built
+from nemo_spin.megatron.compat import complete_router, has_transformer_engine, norms_are_built
 from nemo_spin.megatron.fp8 import fp8_settings
 from nemo_spin.megatron.layer_specs import family_settings, layer_spec, norm_class
 from nemo_spin.megatron.rope import PositionedRotaryEmbedding, concentration_as_scaling_factor
@@ -28,14 +27,19 @@ from nemo_spin.megatron.vocab_parallel import withhold_logits
 _GPU_VOCABULARY_MULTIPLE = 128  # rows per rank that GPU matrix kernels like
 
 
-def uses_transformer_engine(transformer_impl: str, architecture: Architecture) -> bool:
+def uses_transformer_engine(
+    transformer_impl: str, architecture: Architecture, *, params_dtype: torch.dtype
+) -> bool:
     """Resolves `model.transformer_impl` on this machine, for this model.
+
+    `auto` takes local layers in float32, whose products Transformer Engine would make in TF32: ten bits
+    in place of 23, and log-probabilities that are not the sampler's.
 
     Raises:
         ConfigError: Transformer Engine was asked for but is not installed, or there is no GPU,
             or the model's layers are not made of it.
     """
-    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    available = torch.cuda.is_available() and has_transformer_engine()
     if transformer_impl == "transformer_engine" and not available:
         raise ConfigError(
             explain(
@@ -55,7 +59,10 @@ def uses_transformer_engine(transformer_impl: str, architecture: Architecture) -
                 remedy="set model.transformer_impl=auto",
             )
         )
-    return available and transformer_impl != "local" and obstacle is None
+    wanted = transformer_impl == "transformer_engine" or (
+        transformer_impl == "auto" and params_dtype != torch.float32
+    )
+    return available and wanted and obstacle is None
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
@@ -84,7 +91,9 @@ def transformer_config(
     """
     half = params_dtype == torch.bfloat16
     rope_factor = concentration_as_scaling_factor(architecture.rope)
-    transformer_engine = uses_transformer_engine(model.transformer_impl, architecture)
+    transformer_engine = uses_transformer_engine(
+        model.transformer_impl, architecture, params_dtype=params_dtype
+    )
     config = TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -100,6 +109,7 @@ def transformer_config(
         pipeline_dtype=params_dtype,
         params_dtype=params_dtype,
         bf16=half,
+        disable_bf16_reduced_precision_matmul=half,  # sums in float32, whatever the shape of a product
         moe_token_dispatcher_type="alltoall",  # the one that Megatron allows beside it
         **family_settings(architecture),
         hidden_dropout=0.0,
@@ -154,7 +164,9 @@ def build_model(
 def _build_chunk(
     architecture: Architecture, model: ModelConfig, config: TransformerConfig, vp_stage: int | None
 ) -> GPTModel:
-    transformer_engine = uses_transformer_engine(model.transformer_impl, architecture)
+    transformer_engine = uses_transformer_engine(
+        model.transformer_impl, architecture, params_dtype=config.params_dtype
+    )
     spec = layer_spec(architecture, transformer_engine=transformer_engine)
     if not transformer_engine:
         layers = get_num_layers_to_build(config, vp_stage=vp_stage)

@@ -69,6 +69,43 @@ class Runtime:
         return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
 
+def choose_accelerator(accelerator: str) -> None:
+    """Applies `trainer.accelerator` to this process, before it has used a GPU.
+
+    Args:
+        accelerator: `auto`, `gpu`, or `cpu`, which hides the GPUs that there are.
+
+    Raises:
+        ConfigError: GPUs are asked for, and there is none that works.
+    """
+    if accelerator == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            explain(
+                "trainer.accelerator",
+                found="gpu, and PyTorch finds none here",
+                rule="every rank has a GPU",
+                remedy="look at nvidia-smi and CUDA_VISIBLE_DEVICES, or set it to cpu",
+            )
+        )
+
+
+def _take_gpu() -> None:
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ConfigError(
+            explain(
+                "trainer.devices",
+                found=f"local rank {local_rank}, and {gpus} GPU{'s' if gpus > 1 else ''} visible",
+                rule="every rank has a GPU of its own, and sees all GPUs of its node",
+                remedy="lower trainer.devices, give ranks no GPUs one by one (srun --gpus-per-task), "
+                "or set trainer.accelerator=cpu",
+            )
+        )
+    torch.cuda.set_device(local_rank)
+
+
 def initialize(
     *,
     tensor_model_parallel_size: int,
@@ -89,7 +126,8 @@ def initialize(
         timeout_s: Seconds after which a collective that some rank never entered fails.
 
     Raises:
-        ConfigError: The number of ranks is not divisible by the model-parallel size.
+        ConfigError: The number of ranks is not divisible by the model-parallel size, or there are
+            more of them here than GPUs.
         StageError: Some ranks did not come in time.
     """
     has_gpu = torch.cuda.is_available()
@@ -111,7 +149,7 @@ def initialize(
             )
         )
     if has_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _take_gpu()
     phases = None
     if not distributed.is_initialized():
         phases = _init_process_group(has_gpu=has_gpu, rank=rank, world_size=world_size, timeout_s=timeout_s)
@@ -186,6 +224,7 @@ def _initialize_model_parallel(
         expert_model_parallel_size=expert_model_parallel_size,
         expert_tensor_parallel_size=1,  # an expert is whole on its rank
         distributed_timeout_minutes=max(1, int(timeout_s // 60)),
+        create_gloo_process_groups=False,  # beside NCCL's; nothing here uses them
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

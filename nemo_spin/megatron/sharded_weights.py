@@ -66,10 +66,7 @@ def load_sharded_weights(chunks: Sequence[nn.Module], directory: Path) -> None:
         loaded = dist_checkpointing.load(_sharded(chunks), str(directory))
         for index, chunk in enumerate(chunks):
             module = getattr(chunk, "module", chunk)
-            missing, unexpected = module.load_state_dict(loaded[f"model{index}"], strict=False)
-            lacking = [name for name in missing if not name.endswith(_EXTRA_STATE)]
-            if lacking or unexpected:
-                raise KeyError(f"tensors that do not fit: {[*lacking, *unexpected]}")
+            take_tensors(module, loaded[f"model{index}"])
     except (Exception, CheckpointException) as error:
         lines = str(error).splitlines()
         raise _unreadable(directory, f"cannot be loaded ({lines[-1] if lines else error!r})") from error
@@ -79,11 +76,29 @@ def _sharded(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     state = {}
     for index, chunk in enumerate(chunks):
         module: Any = getattr(chunk, "module", chunk)
-        entries = module.sharded_state_dict().items()
-        state[f"model{index}"] = {
-            name: entry for name, entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory)
-        }
+        state[f"model{index}"] = only_tensors(module.sharded_state_dict())
     return state
+
+
+def only_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """Of a module's sharded state what is tensors; the rest would have to be unpickled."""
+    return {
+        name: entry
+        for name, entry in state.items()
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+    }
+
+
+def take_tensors(module: nn.Module, loaded: dict[str, Any]) -> None:
+    """Fills a module with what `only_tensors` described.
+
+    Raises:
+        KeyError: Tensors are missing, or there are others.
+    """
+    missing, unexpected = module.load_state_dict(loaded, strict=False)
+    lacking = [name for name in missing if not name.endswith(_EXTRA_STATE)]
+    if lacking or unexpected:
+        raise KeyError(f"tensors that do not fit: {[*lacking, *unexpected]}")
 
 
 class _IndexReader(pickle.Unpickler):

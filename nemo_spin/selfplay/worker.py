@@ -61,7 +61,7 @@ def _run(options: argparse.Namespace, progress: Progress, heartbeat: Heartbeat |
     from nemo_spin.config.iterations import config_at
     from nemo_spin.config.load import read_yaml
     from nemo_spin.megatron.phases import is_of_a_collective
-    from nemo_spin.megatron.runtime import finalize, initialize
+    from nemo_spin.megatron.runtime import choose_accelerator, finalize, initialize
     from nemo_spin.selfplay.ranks.context import StageContext
     from nemo_spin.selfplay.run_directory import RunDirectory
 
@@ -70,6 +70,7 @@ def _run(options: argparse.Namespace, progress: Progress, heartbeat: Heartbeat |
     if heartbeat is not None:
         heartbeat.watched(config.launcher.hang_timeout_s)
         heartbeat.phase("joining the process groups")
+    choose_accelerator(config.trainer.accelerator)
     runtime = initialize(
         tensor_model_parallel_size=config.model.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,

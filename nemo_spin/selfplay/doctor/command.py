@@ -31,7 +31,7 @@ def examine(config: Config, *, quick: bool) -> list[Finding]:
     return [
         *examine_packages(config),
         *examine_machine(run_dir, writes=not quick),
-        *examine_kernels(config.model),
+        *examine_kernels(config),
         *([] if quick else examine_collectives()),
     ]
 
