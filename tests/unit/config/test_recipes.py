@@ -268,7 +268,7 @@ def test_a_file_of_one_s_own_goes_on_from_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("defaults:\n  - recipe/tulu2_70b\n  - _self_\nrun_dir: r\nmodel:\n  path: m\nseed: 7\n")
     config = load_config(str(path), [], command="run")
-    assert (config.seed, config.model.pipeline_model_parallel_size) == (7, 4)
+    assert (config.seed, config.model.tensor_model_parallel_size) == (7, 8)
     swapped = load_config(str(path), ["model/optim=adam"], command="run")
     assert swapped.model.optim.name == "adam"
 

@@ -277,7 +277,7 @@ def test_uneven_stages_have_their_own_layers() -> None:
             training_memory(LLAMA_3_8B, layout, WORK, BF16, stage=stage) for layout in (uneven, even)
         )
         assert held.gradients - equal.gradients == pytest.approx(4 * difference * layer)
-        assert held.activations / equal.activations == pytest.approx((16 + difference) / 16)
+        assert held.activations / equal.activations == pytest.approx((16 + difference) / 16, rel=1e-4)
 
 
 def test_what_is_computed_again_takes_its_time() -> None:
