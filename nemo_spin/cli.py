@@ -26,7 +26,8 @@ example:
 
 Exit codes: 0 done, 1 a stage failed, 2 something in the input is wrong, 3 a guard stopped the
 loop (the best model so far is kept), 75 told to leave (SIGTERM or SIGUSR1 came; a training has
-saved), 130 interrupted. After 75 and 130 the same command goes on.
+saved), 76 what failed may pass (a lost node, a file system that does not answer), 130 interrupted.
+After 75, 76 and 130 the same command goes on.
 """
 _STAGES = ("generate", "score", "train", "export", "evaluate")
 _CHECKED_FOR = ("run", "prepare", "sft", *_STAGES, "import-hf")

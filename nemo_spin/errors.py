@@ -8,6 +8,7 @@ breaks and what to do. Commands print the message without a traceback and exit w
 from __future__ import annotations
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again
+TRY_LATER = 76  # what failed may have passed by the next start: a lost node, a file system
 
 
 class NemoSpinError(Exception):

@@ -291,7 +291,7 @@ class SlurmConfig:
     container_runtime: str = "pyxis"  # pyxis (srun --container-image) | apptainer | singularity
     container_mounts: list[str] = field(default_factory=list)  # SOURCE:TARGET; the run directory always is
     signal_s: int = 300  # seconds before the limit at which the run is told to save and leave
-    requeue: bool = True  # a job that has saved, or whose node failed, is put back into the queue
+    requeue: bool = True  # a job that has saved, or lost a node, is put back into the queue
     continuation: bool = True  # a job that depends on this one goes on where it was cut off
 
 
@@ -303,7 +303,7 @@ class LauncherConfig:
     timeout_s: float = 86400.0  # a stage's processes are ended after it
     collective_timeout_s: float = 1800.0  # for a rank to enter a phase, or a collective, that others entered
     hang_timeout_s: float = 600.0  # ranks are ended when one gives no sign of life for so long
-    attempts: int = 3  # of a stage that fails by what may pass: a killed process, a rank that hangs
+    attempts: int = 3  # of a stage that fails by what may pass, with no new checkpoint or shard in between
     backoff_s: float = 10.0  # before the second attempt; doubled for each further one
     preemption_grace_s: float = 60.0  # for a training to save on SIGTERM or SIGUSR1; after it, it is killed
     omp_num_threads: int | None = None  # per rank; null: cores divided by ranks on CPU

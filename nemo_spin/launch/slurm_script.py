@@ -3,6 +3,7 @@
 | the run ends with | the script |
 |---|---|
 | 75 (told to leave, and saved) | puts the job back into the queue; where that is off, ends with 75 |
+| 76 (a node is lost, say) | the same, with 76: Slurm needs minutes to find out that a node is gone |
 | the job itself (time limit, lost node) | cannot do a thing: a job that depends on it goes on |
 | anything else | cancels the job that depends on it: it is done, or needs a person |
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_spin.config.schema import Config
-from nemo_spin.errors import PREEMPTED
+from nemo_spin.errors import PREEMPTED, TRY_LATER
 
 _PLAIN = re.compile(r"[\w@%+=:,./\[\]-]+", re.ASCII)
 
@@ -214,11 +215,13 @@ def _continuation(places: Places) -> str:
 def _ending(*, requeue: bool, chain: bool) -> str:
     # Warned while it started, before it could listen, a run dies of the warning.
     lines = [
-        f"if [[ $told != cancelled && ($code -eq {PREEMPTED} || ($told == limit && $code -ne 0)) ]]; then"
+        f"if [[ $told == limit && $code -ne 0 && $code -ne {TRY_LATER} ]]; then code={PREEMPTED}; fi",
+        f"if [[ $told != cancelled && ($code -eq {PREEMPTED} || $code -eq {TRY_LATER}) ]]; then",
     ]
     if requeue:
-        lines.append('    scontrol requeue "$job" && sleep 60 # it ends this script')
-    lines += [f"    exit {PREEMPTED}", "fi"]
+        lines.append("    told=requeued # what ends this script then is no `scancel`")
+        lines.append('    scontrol requeue "$job" && sleep 60')
+    lines += ['    exit "$code"', "fi"]
     if chain:
         lines.append("cancel_next")
     return "\n".join([*lines, 'exit "$code"']) + "\n"

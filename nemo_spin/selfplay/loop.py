@@ -17,7 +17,15 @@ from typing import Any
 from nemo_spin.config.load import read_yaml, to_yaml
 from nemo_spin.config.schema import Config
 from nemo_spin.data.files import Manifest, remove_partials, write_text
-from nemo_spin.errors import ConfigError, GuardError, NemoSpinError, PreemptedError, explain
+from nemo_spin.errors import (
+    TRY_LATER,
+    ConfigError,
+    GuardError,
+    NemoSpinError,
+    PreemptedError,
+    StageError,
+    explain,
+)
 from nemo_spin.selfplay import state as states
 from nemo_spin.selfplay.faults import worth_another_try
 from nemo_spin.selfplay.guarding import after_failure, described, error_of, findings_of, record
@@ -38,6 +46,8 @@ from nemo_spin.selfplay.verified import Verified
 
 _SIGN_OF_LIFE_S = 5.0
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+_FRUITLESS_STARTS = 3  # in a row, and
+_FRUITLESS_S = 2 * 3600.0  # together: what has not passed by then needs a person
 
 
 def run(config: Config, *, launcher: Launcher, screen: Screen) -> None:
@@ -130,6 +140,15 @@ def _open(config: Config, path: Path, *, launcher: Launcher, screen: Screen) -> 
             session = Session(context, screen)
             try:
                 yield session
+            except Exception as error:
+                if not session.may_go_well_later(error):
+                    raise
+                if isinstance(error, NemoSpinError):
+                    error.exit_code = TRY_LATER
+                    raise
+                passing = StageError(repr(error))
+                passing.exit_code = TRY_LATER
+                raise passing from error
             finally:
                 with undisturbed():
                     context.keeper.close()
@@ -215,24 +234,31 @@ class Session:
     def _do_in_attempts(self, stage: Stage) -> Manifest:
         """Runs a stage; again, after a while, where it failed by something that may pass.
 
+        Attempts count from the last one that left a new checkpoint or shard.
+
         Raises:
             NemoSpinError: It failed, `launcher.attempts` times or for good.
         """
         launcher = self.context.config.launcher
-        for attempt in range(1, launcher.attempts + 1):
+        failed = 0
+        while True:
+            before = stage.saved()
             try:
                 return self._attempt(stage)
             except Exception as error:
+                failed += 1
+                if stage.saved() - before:
+                    failed = 1
+                    self.state.advanced()
                 what = worth_another_try(error)
-                if what is None or attempt == launcher.attempts:
+                if what is None or failed >= launcher.attempts:
                     raise
-                wait_s = launcher.backoff_s * 2.0 ** (attempt - 1)
+                wait_s = launcher.backoff_s * 2.0 ** (failed - 1)
                 self._screen.note(
-                    f"{stage.label} failed ({what}): attempt {attempt + 1} of {launcher.attempts} "
+                    f"{stage.label} failed ({what}): attempt {failed + 1} of {launcher.attempts} "
                     f"in {wait_s:g} s\n{error}"
                 )
                 self._wait(wait_s)
-        raise AssertionError("the last attempt returns or raises")
 
     def _wait(self, seconds: float) -> None:
         try:
@@ -261,6 +287,22 @@ class Session:
             self.state.ended(states.DONE)
             self._screen.result(stage.describe(manifest))
         return manifest
+
+    def may_go_well_later(self, error: Exception) -> bool:
+        """Whether what ended the command may have passed by its next start, and there were not too many."""
+        what = worth_another_try(error)
+        if what is None:
+            return False
+        try:
+            again = self.state.came_to_nothing(starts=_FRUITLESS_STARTS, within_s=_FRUITLESS_S)
+        except NemoSpinError as unwritten:  # cannot be counted: by the same file system?
+            again = worth_another_try(unwritten) is not None
+        self._screen.note(
+            f"it may go well later ({what}): exit code {TRY_LATER}, start the same command again"
+            if again
+            else f"too many starts in a row came to nothing ({what}): look at what fails"
+        )
+        return again
 
     def stop_at_guards(self, stage: Stage) -> None:
         """Ends the loop where a guard over a finished stage says so, also one found done.

@@ -51,6 +51,8 @@ class State:
         stage: Name of the current (or last) stage.
         owner: The process that runs (or ran) it.
         error: First line of what stopped it.
+        fruitless: Starts in a row that ended by what may pass, and brought nothing.
+        fruitless_since: Unix time at which the first of them ended.
         stages: `StageState` by key, such as `prepare` or `iter_00/train`.
     """
 
@@ -59,6 +61,8 @@ class State:
     stage: str | None = None
     owner: Owner | None = None
     error: str | None = None
+    fruitless: int = 0
+    fruitless_since: float = 0.0
     updated_at: float = 0.0
     stages: dict[str, StageState] = field(default_factory=dict)
 
@@ -132,7 +136,32 @@ class StateFile:
             with contextlib.suppress(NemoSpinError):  # it must not hide what stopped the stage
                 self._write()
             return
+        self.advanced()
         self._write()
+
+    def advanced(self) -> None:
+        """There is more than before: a stage, a checkpoint, a shard."""
+        self.state.fruitless = 0
+
+    def came_to_nothing(self, *, starts: int, within_s: float) -> bool:
+        """This start ended by what may pass; returns whether there should be another.
+
+        Args:
+            starts: So many in a row that brought nothing are enough,
+            within_s: if they took as many seconds; both, as some fail at once, and some wait in a queue.
+
+        Raises:
+            DataError: It cannot be written down.
+        """
+        now = time.time()
+        if self.state.fruitless == 0:
+            self.state.fruitless_since = now
+        self.state.fruitless += 1
+        again = self.state.fruitless < starts or now - self.state.fruitless_since < within_s
+        if not again:
+            self.state.fruitless = 0  # the next is a person's, who has looked at it
+        self._write()
+        return again
 
     def found_done(self, stage: str, iteration: int | None) -> None:
         """A stage's work is complete, though its process was killed before it could say so."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -136,6 +137,16 @@ class Stage(abc.ABC):
     def manifest(self) -> Manifest | None:
         """The verified manifest; None where the stage is not done."""
         return self.context.verified.manifest(self.directory)
+
+    def saved(self) -> frozenset[str]:
+        """Names of what is there to go on from, should the stage be cut short: whole shards and checkpoints.
+
+        Nothing where the file system does not answer.
+        """
+        with contextlib.suppress(OSError):
+            patterns = ("**/*shard-*.parquet", f"checkpoints/step-{'[0-9]' * 8}")
+            return frozenset(str(path) for pattern in patterns for path in self.directory.glob(pattern))
+        return frozenset()
 
     def prepare_directory(self, inputs: dict[str, Any]) -> None:
         """Makes room: removes what killed writers left, and says what the result is made from.

@@ -187,6 +187,8 @@ def test_no_value_breaks_out(machine: Machine) -> None:
         (3, "works", ["scancel"]),
         (75, "works", ["scontrol", "sleep"]),
         (75, "refused", ["scontrol"]),
+        (76, "works", ["scontrol", "sleep"]),
+        (76, "refused", ["scontrol"]),
     ],
 )
 def test_what_follows_from_the_exit_code(
@@ -194,11 +196,23 @@ def test_what_follows_from_the_exit_code(
 ) -> None:
     assert machine.run(configured(), CODE=str(code), REQUEUE=requeue) == code
     assert [call[0] for call in machine.calls()] == ["sbatch", "python", *called]
-    if code == 75:
+    if code in (75, 76):
         assert machine.calls()[2] == ["scontrol", "requeue", "16"]
         machine.record.unlink()
         assert machine.run(configured(), CODE="0") == 0  # put back into the queue, it has a successor
         assert [call[0] for call in machine.calls()] == ["python", "scancel"]
+
+
+def test_the_termination_that_puts_it_back_into_the_queue_is_no_cancellation(machine: Machine) -> None:
+    """Slurm ends the script of a job that is requeued: what waits for it is to go on waiting."""
+    (machine.directory / "bin" / "sleep").write_text('#!/bin/bash\nkill -TERM "$PPID"\n')
+    assert machine.run(configured(), CODE="76") == 76
+    assert [call[0] for call in machine.calls()] == ["sbatch", "python", "scontrol"]
+
+
+def test_without_requeue_what_failed_for_now_leaves_its_successor_waiting(machine: Machine) -> None:
+    assert machine.run(configured(requeue=False), CODE="76") == 76
+    assert [call[0] for call in machine.calls()] == ["sbatch", "python"]
 
 
 def test_without_requeue_and_continuation_it_only_runs(machine: Machine) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,9 +23,10 @@ from nemo_spin.errors import (
     StageError,
 )
 from nemo_spin.selfplay import loop
+from nemo_spin.selfplay import state as states
 from nemo_spin.selfplay.faults import FAULTS, worth_another_try
 from nemo_spin.selfplay.run_directory import RunDirectory
-from nemo_spin.selfplay.state import read_state
+from nemo_spin.selfplay.state import StateFile, read_state
 from nemo_spin.selfplay.storage import storage_error
 from tests.unit.selfplay.conftest import StandIns
 
@@ -172,3 +174,102 @@ def test_a_defect_is_not_attempted_again(
     with pytest.raises(StageError):
         run(make_config())
     assert stand_ins.started.count("score of iteration 0") == 1
+
+
+def test_attempts_count_from_the_last_new_shard(
+    run: Callable[[Config], str],
+    make_config: Callable[..., Config],
+    stand_ins: StandIns,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Three hiccups in one long stage, with work done between them, are no reason to give up."""
+    waits: list[float] = []
+    scored = RunDirectory(tmp_path / "run").iteration(0).scored
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 4:
+            stand_ins.fail_in = None
+
+    work = stand_ins.work
+
+    def work_on(label: str, directory: Path, *rest: Any, **more: Any) -> None:
+        if label == "score of iteration 0" and len(waits) != 1:  # one attempt leaves nothing
+            (scored / f"train-shard-{len(waits):05d}-of-00009.parquet").touch()
+        work(label, directory, *rest, **more)
+
+    monkeypatch.setattr(loop.time, "sleep", wait)
+    monkeypatch.setattr(stand_ins, "work", work_on)
+    stand_ins.fail_in, stand_ins.error = "score of iteration 0", StageError(KILLED)
+    config = make_config(launcher={"attempts": 3, "backoff_s": 7.0}, spin={"iterations": 1, "lr": 1e-4})
+    screen = run(config)
+    assert waits == [7.0, 14.0, 7.0, 7.0]
+    assert "attempt 2 of 3 in 7 s" in screen and "attempt 3 of 3 in 14 s" in screen
+
+
+def test_what_may_pass_asks_for_another_start_until_some_in_a_row_were_in_vain(
+    run: Callable[[Config], str],
+    make_config: Callable[..., Config],
+    stand_ins: StandIns,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    clock = [1e9]
+    monkeypatch.setattr(states.time, "time", lambda: clock[0])
+    config = make_config(launcher={"attempts": 1}, spin={"iterations": 1, "lr": 1e-4})
+    stand_ins.fail_in, stand_ins.error = "score of iteration 0", StageError(KILLED)
+    codes = []
+
+    def start() -> int:
+        with pytest.raises(StageError, match="killed by SIGKILL") as failed:
+            run(config)
+        return failed.value.exit_code
+
+    for minutes in (0, 4, 4, 4):  # a node that is not yet known to be lost fails at once
+        clock[0] += 60 * minutes
+        codes.append(start())
+    assert codes == [76, 76, 76, 76]
+    (RunDirectory(tmp_path / "run").iteration(0).scored / "train-shard-00000-of-00002.parquet").touch()
+    assert start() == 76, "what was there before is no progress"
+    clock[0] += 2 * 3600
+    assert start() == 1
+    assert start() == 76, "the next start is a person's, and counts anew"
+    clock[0] += 3 * 3600
+    assert start() == 76, "three are tried however long they take"
+    stand_ins.fail_in = None
+    run(config)
+    state = read_state(RunDirectory(tmp_path / "run").state_path)
+    assert state is not None and state.fruitless == 0
+
+
+def test_what_would_fail_again_asks_for_no_other_start(
+    run: Callable[[Config], str], make_config: Callable[..., Config], stand_ins: StandIns
+) -> None:
+    stand_ins.fail_in, stand_ins.error = "score of iteration 0", GateError("the ln 2 gate: 0.9")
+    with pytest.raises(GateError) as failed:
+        run(make_config())
+    assert failed.value.exit_code == 2
+
+
+def test_a_file_system_that_fails_even_the_count_asks_for_another_start(
+    run: Callable[[Config], str],
+    make_config: Callable[..., Config],
+    stand_ins: StandIns,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone = OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN), "/run/state.json")
+    count: list[int] = []
+
+    def unwritten(self: StateFile, **limits: float) -> bool:
+        count.append(1)
+        raise storage_error(Path("/run"), gone)
+
+    monkeypatch.setattr(StateFile, "came_to_nothing", unwritten)
+    stand_ins.fail_in, stand_ins.error = (
+        "score of iteration 0",
+        ConnectionResetError("Connection reset by peer"),
+    )
+    with pytest.raises(StageError, match="Connection reset by peer") as failed:
+        run(make_config(launcher={"attempts": 1}))
+    assert failed.value.exit_code == 76 and count
