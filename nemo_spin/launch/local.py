@@ -23,13 +23,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import nemo_spin
 from nemo_spin.errors import PREEMPTED, DataError, explain
+from nemo_spin.launch.log_tail import quoted_end
 from nemo_spin.launch.meeting import reserve_port
 from nemo_spin.launch.placement import Placement
 from nemo_spin.launch.rank import ALONE_VARIABLE, FAILURE_VARIABLE, LAUNCHER_VARIABLE
@@ -39,8 +39,6 @@ PROGRESS_VARIABLE = "NEMO_SPIN_PROGRESS"
 TIMED_OUT = 124  # exit code, as of timeout(1)
 _GRACE_S = 1.0  # for ranks that fail together to say why
 _TERM_S = 5.0  # from SIGTERM to SIGKILL
-_TAIL_LINES = 15
-_TAIL_BYTES = 16384
 _GUARD = 'trap "" TERM INT HUP USR1; read _; kill -KILL 0'  # its input ends when the launching process does
 
 
@@ -183,7 +181,8 @@ class LocalJob:
             rank, what = 0, f"did not end within {self._job.timeout_s:g} s (launcher.timeout_s)"
         else:
             what = f"rank {self._share.places[rank].rank} {self._how_it_ended(rank)}"
-        tail = "".join(f"  | {line}\n" for line in last_lines(self._logs[rank], self._offsets[rank]))
+        aborted = what.endswith(signal.SIGABRT.name)
+        tail = quoted_end(self._logs[rank], self._offsets[rank], aborted=aborted)
         return f"{self._job.name}: {what}\n{tail}  log: {self._logs[rank]}"
 
     def _start_rank(self, rank: int) -> subprocess.Popen[bytes]:
@@ -281,12 +280,14 @@ class LocalJob:
 
     def _how_it_ended(self, rank: int) -> str:
         code = self._ends[rank].code
+        note = read_note(self._failures[rank])
+        reason = f" ({note['type']}: {note['message']})" if note and note["type"] != "SystemExit" else ""
+        if code < 0 and reason:  # what ended it then, such as a library that is taken apart, is no cause
+            return f"failed{reason}"
         if code == -signal.SIGKILL and not self._was_stopped:
             return "was killed by SIGKILL (often: the machine ran out of memory)"
         if code < 0:
             return f"was ended by {signal.Signals(-code).name}"
-        note = read_note(self._failures[rank])
-        reason = f" ({note['type']}: {note['message']})" if note and note["type"] != "SystemExit" else ""
         return f"ended with exit code {code}{reason}"
 
 
@@ -334,18 +335,6 @@ def read_note(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return note if isinstance(note, dict) else {}
-
-
-def last_lines(log: Path, offset: int, *, most: int = _TAIL_LINES) -> Sequence[str]:
-    """The last lines that a log got after `offset` bytes."""
-    try:
-        with log.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(offset, size - _TAIL_BYTES))
-            text = stream.read().decode("utf-8", "replace")
-    except OSError:
-        return []
-    return [line[:300] for line in text.splitlines() if line.strip()][-most:]
 
 
 def _close(stream: IO[bytes] | None) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 from nemo_spin.config.schema import Config, SlurmConfig
 from nemo_spin.errors import PREEMPTED, ConfigError, DataError, explain
 from nemo_spin.generation.placement import Place, Placement
-from nemo_spin.launch.local import PROGRESS_VARIABLE, TIMED_OUT, inherited_environment, last_lines, read_note
+from nemo_spin.launch.local import PROGRESS_VARIABLE, TIMED_OUT, inherited_environment, read_note
+from nemo_spin.launch.log_tail import last_lines, quoted_end
 from nemo_spin.launch.rank import JOIN_VARIABLE, STEP_VARIABLE, step_files
 from nemo_spin.launch.slurm_script import gpus_per_node
 from nemo_spin.launch.tied import tied
@@ -30,6 +31,7 @@ from nemo_spin.selfplay.launcher import Job, RankJob
 
 _TERM_S = 60.0  # srun waits for its step to end (KillWait, often 30 s) before it does itself
 _SAID = re.compile(r"error: (?P<node>[^\s:]+): tasks? (?P<ranks>[\d,-]+): (?P<how>.+)")
+_ABORTED = re.compile(r": Aborted\b")  # strsignal(SIGABRT)
 _ENDED_BY_SRUN = re.compile(r"Terminating StepId|CANCELLED AT")
 
 
@@ -255,17 +257,18 @@ class SlurmJob:
 
     def describe_failure(self) -> str:
         """What happened to the rank that failed first, the end of its log, and the log's path."""
+        aborted = False
         if self._timed_out:
             what, log = f"did not end within {self._job.timeout_s:g} s (launcher.timeout_s)", self._logs[0]
         elif self.poll() in (None, 0):
             return f"{self._job.name}: no rank failed"
         else:
             first = self._first_failure()
-            what = first.how
+            what, aborted = first.how, _ABORTED.search(first.how) is not None
             log = self._logs[first.rank] if first.rank >= 0 else self._step_log
         if _size(log) == self._offsets[log]:
             log = self._step_log  # the rank had nothing to say yet
-        tail = "".join(f"  | {line}\n" for line in last_lines(log, self._offsets[log]))
+        tail = quoted_end(log, self._offsets[log], aborted=aborted)
         return f"{self._job.name}: {what}\n{tail}  log: {log}"
 
     def _environment(self, config: Config) -> dict[str, str]:

@@ -52,6 +52,12 @@ FAULTS: tuple[Fault, ...] = (
         "a GPU is broken",
         "cudaErrorECCUncorrectable, cudaError_t",
     ),
+    Fault(
+        r"an illegal memory access was encountered|device-side assert triggered",
+        False,
+        "a program of a GPU is wrong",
+        "cudaErrorIllegalAddress, cudaErrorAssert, cudaError_t",
+    ),
     _storage((errno.ENOSPC, errno.EDQUOT), "the disk is full", "write(2)", retry=False),
     _storage((errno.EROFS, errno.EACCES, errno.EPERM), "writing is not allowed", "open(2)", retry=False),
     Fault(r"gave no sign of life", True, "ranks hung", "selfplay/watchdog.py"),
@@ -71,7 +77,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(r"ncclSystemError|ncclRemoteError", True, "the network of NCCL failed", _NCCL),
     Fault(
-        r"Watchdog caught collective operation timeout",
+        r"Watchdog caught collective operation timeout|watchdog got stuck for \d+ seconds",
         True,
         "a collective hung",
         f"{_C10D}/ProcessGroupNCCL",
@@ -86,14 +92,19 @@ FAULTS: tuple[Fault, ...] = (
         "nfs(5); Lustre Operations Manual, 'Eviction'",
         retry=True,
     ),
+    Fault(r"ended by SIGABRT|(on|tasks?) \S+: Aborted\b", True, "a process aborted", "signal(7), srun(1)"),
     Fault(r"not done after .* the sampler was ended", True, "the sampler hung", "generation/job.py"),
 )
+
+
+def fault_in(text: str) -> Fault | None:
+    """What a message, or a line of a log, speaks of; None where it is nothing known."""
+    return next((fault for fault in FAULTS if re.search(fault.pattern, text)), None)
 
 
 def worth_another_try(error: BaseException) -> str | None:
     """What failed, in a few words, where the same stage may go well next time; else None."""
     if type(error) not in (StageError, GenerationError, DataError) and not isinstance(error, OSError):
         return None
-    text = str(error)
-    found = next((fault for fault in FAULTS if re.search(fault.pattern, text)), None)
+    found = fault_in(str(error))
     return found.what if found is not None and found.retry else None

@@ -224,6 +224,18 @@ def test_a_killed_rank_ends_the_job(make_job: MakeJob) -> None:
     assert "rank 1 was killed by SIGKILL (often: the machine ran out of memory)" in running.describe_failure()
 
 
+def test_an_abort_is_told_unless_the_rank_had_failed_before(make_job: MakeJob) -> None:
+    """Python fails first, then a library that is taken apart aborts; or there is the abort alone."""
+    body = "if rank: time.sleep(60)\nimport atexit\natexit.register(os.abort)\n{}"
+    for failure, told in (
+        ("raise ValueError('not finite')", "rank 0 failed (ValueError: not finite)"),
+        ("os.abort()", "rank 0 was ended by SIGABRT"),
+    ):
+        running = LocalLauncher().start(make_job(body.format(failure)))
+        assert wait(running) == 128 + signal.SIGABRT
+        assert running.describe_failure().startswith(f"train iteration 0: {told}\n")
+
+
 def test_stop_ends_ranks_that_ignore_sigterm_and_their_children(make_job: MakeJob, tmp_path: Path) -> None:
     job = make_job(
         """

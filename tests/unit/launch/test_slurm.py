@@ -16,9 +16,10 @@ import pytest
 
 from nemo_spin.config.load import from_mapping
 from nemo_spin.config.schema import Config
-from nemo_spin.errors import ConfigError
+from nemo_spin.errors import ConfigError, StageError
 from nemo_spin.launch.placement import of_a_step, of_environment
 from nemo_spin.launch.slurm import SlurmLauncher, step_command
+from nemo_spin.selfplay.faults import worth_another_try
 from nemo_spin.selfplay.launcher import Job, RankJob
 
 ALLOCATION = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"}
@@ -51,7 +52,7 @@ while left:
     left.remove(rank)
     tasks[rank].returncode = ended = os.waitstatus_to_exitcode(status)
     if ended and not code:
-        how = "Killed" if ended < 0 else f"Exited with exit code {{ended}}"
+        how = {-6: "Aborted", -9: "Killed"}.get(ended) or f"Exited with exit code {{ended}}"
         print(f"srun: error: node{{rank + 1}}: task {{rank}}: {{how}}", file=sys.stderr)
         print("srun: launch/slurm: _step_signal: Terminating StepId=1.0", file=sys.stderr)
         code = 137 if ended < 0 else ended
@@ -156,6 +157,26 @@ def test_a_rank_that_dies_without_a_word_comes_before_those_that_complain(start)
     )
     assert wait(job) == 137
     assert "rank 1 on node2: Killed (often: the machine ran out of memory)" in job.describe_failure()
+
+
+def test_of_a_rank_that_aborts_the_reason_is_told(start) -> None:
+    """As NCCL's watchdog ends a process: the reason, frames of C++, and the threads of Python."""
+    job = start(
+        """
+        if rank == 0:
+            time.sleep(60)
+        print("[rank1]:[E1122 02:14:07.1 ProcessGroupNCCL.cpp:632] [Rank 1] Watchdog caught collective "
+              "operation timeout: WorkNCCL(SeqNum=9) ran for 600013 milliseconds before timing out.")
+        for number in range(30):
+            print(f"frame #{number}: clone + 0x44 (0x7fd2c178ba04 in libc.so.6)")
+        os.abort()
+        """
+    )
+    wait(job)
+    message = job.describe_failure()
+    assert "rank 1 on node2: Aborted\n  | [rank1]:[E1122 02:14:07.1 " in message
+    assert "  | Fatal Python error: Aborted\n" in message
+    assert worth_another_try(StageError(message)) == "a collective hung"
 
 
 def test_a_clock_that_is_an_hour_ahead_does_not_hide_the_first_failure(start) -> None:

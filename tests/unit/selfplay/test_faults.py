@@ -53,6 +53,9 @@ RETRIED = [
     "  | srun: error: Unable to confirm allocation for job 7: Unable to contact slurm controller "
     "(connect failure)",
     "  | srun: error: Node failure on node2",
+    "rank 7 on node1: Aborted (core dumped)",
+    "generation: the sampler's process (at load m): was ended by SIGABRT without saying why",
+    "[PG ID 0 Rank 3] ProcessGroupNCCL's watchdog got stuck for 480 seconds without making progress",
 ]
 STOPPED = [
     "ValueError: a defect of this package",
@@ -62,6 +65,8 @@ STOPPED = [
     "CUDA error: uncorrectable ECC error encountered",
     "OSError: [Errno 28] No space left on device\n rank 0 was killed by SIGKILL",
     "PermissionError: [Errno 13] Permission denied",
+    "rank 3 was ended by SIGABRT\n  | CUDA error: an illegal memory access was encountered",
+    "rank 3 was ended by SIGABRT\n  | CUDA error: device-side assert triggered",
     "it was not done after 86400 s, and was ended",
     "  | srun: error: Unable to create step for job 7: More processors requested than permitted",
 ]
