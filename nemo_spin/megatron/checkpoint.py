@@ -7,6 +7,7 @@ size, whether the optimizer is sharded or not. `checkpoint_files.py` says how a 
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -32,10 +33,12 @@ from nemo_spin.megatron.compat import save_asynchronously
 from nemo_spin.megatron.engine import Engine
 from nemo_spin.megatron.lora_checkpoint import load_model_state, model_state
 from nemo_spin.megatron.optimizer_state import num_updates, sharded_optimizer_state, take_loaded
+from nemo_spin.megatron.phases import is_of_a_collective
 from nemo_spin.megatron.runtime import Runtime, first_rank_writes
 
 _UPDATES = "optimizer_updates"
 _HASHES = ".hashes.json"
+_OF_THE_CONTENT = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR)  # what a checkpoint lacks, whatever holds it
 
 
 class CheckpointWriter:
@@ -130,6 +133,7 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: The checkpoint cannot be read or is of another model.
+        RuntimeError: Another rank is late or gone.
     """
     state = _sharded_state(engine)
     with _explained(path):
@@ -200,6 +204,7 @@ def _unwritten_explained(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointException) as error:
+        _raise_of_a_collective(error)
         raise CheckpointError(
             explain(
                 str(directory),
@@ -216,6 +221,10 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:
+        for cause in _causes(error):
+            if isinstance(cause, OSError) and cause.errno not in (None, *_OF_THE_CONTENT):
+                raise _unreadable(path, cause) from error
+        _raise_of_a_collective(error)
         raise CheckpointError(
             explain(
                 str(path),
@@ -224,6 +233,37 @@ def _explained(path: Path) -> Iterator[None]:
                 remedy=f"remove {path}; the run goes on from the checkpoint before it",
             )
         ) from error
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    """The checkpoint may be sound, and is not to be removed."""
+    return CheckpointError(
+        explain(
+            str(error.filename or path),
+            found=f"could not be read ({error.strerror})",
+            rule="every rank can read the files of a resume checkpoint",
+            remedy="look at the file system, on all nodes; the same command goes on where it was",
+        )
+    )
+
+
+def _raise_of_a_collective(error: BaseException) -> None:
+    """Raises what is left of a collective whose other ranks are late or gone, where that is behind an error."""
+    for cause in _causes(error):
+        if is_of_a_collective(cause):
+            raise cause
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it follows from, and what torch has gathered from the ranks."""
+    following: BaseException | None = error
+    while following is not None:
+        yield following
+        if isinstance(following, CheckpointException):
+            for cause, _ in following.failures.values():
+                yield from _causes(cause)
+        context = None if following.__suppress_context__ else following.__context__
+        following = following.__cause__ or context
 
 
 def _last_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from nemo_spin.errors import DataError, GenerationError, StageError
+from nemo_spin.errors import CheckpointError, DataError, ExportError, GenerationError, StageError
 
 _NCCL = "docs.nvidia.com/deeplearning/nccl/user-guide/docs/api/types.html"
 _C10D = "torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp"
@@ -28,17 +28,19 @@ class Fault:
         retry: Whether another try may go well.
         what: In a few words.
         source: Where the message comes from, or is documented.
+        of_storage: Whether it is about files.
     """
 
     pattern: str
     retry: bool
     what: str
     source: str
+    of_storage: bool = False
 
 
 def _storage(numbers: tuple[int, ...], what: str, source: str, *, retry: bool) -> Fault:
     words = "|".join(rf"{re.escape(os.strerror(number))}|\[Errno {number}\]" for number in numbers)
-    return Fault(words, retry, what, source)
+    return Fault(words, retry, what, source, of_storage=True)
 
 
 # The first that fits decides: those that stop come first.
@@ -102,9 +104,17 @@ def fault_in(text: str) -> Fault | None:
     return next((fault for fault in FAULTS if re.search(fault.pattern, text)), None)
 
 
+def _storage_fault_in(text: str) -> Fault | None:
+    """The same, of what concerns files."""
+    return next((fault for fault in FAULTS if fault.of_storage and re.search(fault.pattern, text)), None)
+
+
 def worth_another_try(error: BaseException) -> str | None:
     """What failed, in a few words, where the same stage may go well next time; else None."""
-    if type(error) not in (StageError, GenerationError, DataError) and not isinstance(error, OSError):
+    if type(error) in (CheckpointError, ExportError):  # files that are wrong, unless they could not be read
+        found = _storage_fault_in(str(error))
+    elif type(error) in (StageError, GenerationError, DataError) or isinstance(error, OSError):
+        found = fault_in(str(error))
+    else:
         return None
-    found = fault_in(str(error))
     return found.what if found is not None and found.retry else None

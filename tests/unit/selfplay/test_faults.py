@@ -16,6 +16,7 @@ from nemo_spin.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    ExportError,
     GateError,
     GenerationError,
     GuardError,
@@ -104,7 +105,12 @@ def test_the_kind_of_an_error_counts_before_its_words() -> None:
 )
 def test_storage_by_what_the_system_said(number: int, retried: bool) -> None:
     error = OSError(number, os.strerror(number), "/run/file")
-    for kind in (error, storage_error(Path("/run"), error)):
+    of_files = [
+        CheckpointError(f"/models/theta_0/model-1.safetensors: cannot be read ({os.strerror(number)})"),
+        CheckpointError(f"/run/train/checkpoints: a checkpoint could not be written ({error})"),
+        ExportError(f"/run/iter_00/model: could not be written ({os.strerror(number)})"),
+    ]
+    for kind in (error, storage_error(Path("/run"), error), *of_files):
         assert bool(worth_another_try(kind)) is retried
 
 
