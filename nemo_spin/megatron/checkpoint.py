@@ -248,7 +248,7 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
 
 
 def _raise_of_a_collective(error: BaseException) -> None:
-    """Raises what is left of a collective whose other ranks are late or gone, where that is behind an error."""
+    """Raises what is left of a collective whose other ranks are late or gone, if that is behind it."""
     for cause in _causes(error):
         if is_of_a_collective(cause):
             raise cause

@@ -5,6 +5,10 @@ network file systems do atomically, unlike `flock`). A lock whose owner is dead 
 over: at once where this machine can see that the process is gone, otherwise after the
 file's heartbeat was seen standing still for a while. Only changes of the heartbeat are
 looked at, so clocks that differ between machines do no harm.
+
+Slurm may give up a host that lives on: its network is gone, or it hung for a while. So the
+lock of an earlier start of the same job is taken over even where its heart beats, and an owner
+that finds another's name in the lock kills itself at once: it must not write another byte.
 """
 
 from __future__ import annotations
@@ -12,7 +16,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +32,8 @@ from nemo_spin.selfplay.storage import storage_error
 HEARTBEAT_S = 10.0
 SILENT_AFTER_S = 60.0
 _SETTLES_AFTER_S = 0.5
+_ENDED_WITHIN_S = 3 * HEARTBEAT_S  # an owner that is alive, and not any more the owner
+_SLOW_LOOK_S = 5.0  # a file system that answers so late keeps hearts from beating, too
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class Owner:
         started: Kernel ticks since boot at which the process started.
         boot: Identity of the machine's current uptime.
         namespace: The process-number namespace (containers have their own).
+        job: Of Slurm, by its number; empty: none.
+        restarts: How often Slurm has put it back into the queue.
     """
 
     host: str
@@ -45,6 +55,8 @@ class Owner:
     started: int
     boot: str
     namespace: str
+    job: str = ""
+    restarts: int = 0
 
     @classmethod
     def of_this_process(cls) -> Owner:
@@ -55,7 +67,13 @@ class Owner:
             started=_start_ticks(os.getpid()) or 0,
             boot=_boot_id(),
             namespace=_pid_namespace(),
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         )
+
+    def was_given_up_for(self, other: Owner) -> bool:
+        """Whether Slurm has started the job of `other` again, of which this is an earlier start."""
+        return self.job != "" and self.job == other.job and self.restarts < other.restarts
 
     def alive(self) -> bool | None:
         """Whether the process is running; None where this machine cannot see it."""
@@ -105,14 +123,16 @@ def locked(path: Path, *, on_wait: Callable[[str], None] = lambda text: None) ->
         DataError: The file cannot be written.
     """
     owner = Owner.of_this_process()
-    inherits = False
+    inherits = displaces = False
     while not _create(path, owner) or (inherits and not _is_kept(path, owner)):
         inherits = True
-        _remove_if_dead(path, on_wait)
+        displaces |= _remove_if_dead(path, owner, on_wait)
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, owner, ended), daemon=True)
     heart.start()
     try:
+        if displaces:
+            time.sleep(_ENDED_WITHIN_S)
         yield
     finally:
         ended.set()
@@ -169,18 +189,36 @@ def _link(mine: Path, path: Path, text: str) -> None:
 
 def _beat(path: Path, owner: Owner, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT_S):
-        with contextlib.suppress(OSError):
-            if read_owner(path) == owner:
+        holder = read_owner(path)
+        if holder == owner:
+            with contextlib.suppress(OSError):
                 os.utime(path)
+        elif holder is not None and not ended.is_set():
+            _end_at_once(path, holder)
 
 
-def _remove_if_dead(path: Path, on_wait: Callable[[str], None]) -> None:
+def _end_at_once(path: Path, holder: Owner) -> None:
+    """Its ranks and samplers end with this process; what it was told to save would be another's by now."""
+    sys.stderr.write(f"{path} was taken over by process {holder.pid} on {holder.host}: this one ends\n")
+    sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _remove_if_dead(path: Path, me: Owner, on_wait: Callable[[str], None]) -> bool:
+    """Removes the lock of who is dead, or was given up; returns whether its owner may be alive."""
     owner = read_owner(path)
     if owner is None:
         if not path.exists():
-            return
+            return False
         raise _held(path, "by something that left no name")
     alive = owner.alive()
+    displaces = alive is not False and owner.was_given_up_for(me)
+    if displaces:
+        on_wait(
+            f"{path} is held by process {owner.pid} on {owner.host}, of an earlier start of this job, which "
+            f"Slurm has given up: taking over, when it had {_ENDED_WITHIN_S:.0f} s to find that out"
+        )
+        alive = False
     if alive is None:
         on_wait(
             f"{path} is held by process {owner.pid} on {owner.host}, which cannot be seen from here: "
@@ -193,21 +231,25 @@ def _remove_if_dead(path: Path, on_wait: Callable[[str], None]) -> None:
     try:
         os.rename(path, grave)
     except FileNotFoundError:
-        return
+        return False
     if read_owner(grave) != owner:  # someone was faster, and this is their new lock: give it back
         with contextlib.suppress(FileExistsError):
             os.link(grave, path)
+        displaces = False
     grave.unlink(missing_ok=True)
+    return displaces
 
 
 def _heart_beats(path: Path) -> bool:
     end = time.monotonic() + SILENT_AFTER_S
     try:
         first = path.stat().st_mtime_ns
-        while time.monotonic() < end:
+        while (began := time.monotonic()) < end:
             time.sleep(0.2)
             if path.stat().st_mtime_ns != first:
                 return True
+            if time.monotonic() - began > _SLOW_LOOK_S:
+                end = time.monotonic() + SILENT_AFTER_S
     except FileNotFoundError:
         pass
     return False

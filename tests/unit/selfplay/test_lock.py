@@ -3,12 +3,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,3 +182,97 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(path: Path, tmp_path: Path) -
     gun.touch()
     said = [contender.communicate(timeout=60)[0].strip() for contender in contenders]
     assert sorted(said) == ["held"] + ["refused"] * 5
+
+
+def test_the_lock_of_an_earlier_start_of_the_same_job_is_taken_over_while_its_heart_beats(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm has given up its host, on which the command lives on."""
+    waits: list[float] = []
+    monkeypatch.setattr(lock.time, "sleep", waits.append)
+    monkeypatch.setenv("SLURM_JOB_ID", "1234")
+    first = Owner.of_this_process()
+    assert (first.job, first.restarts) == ("1234", 0)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    elsewhere = replace(first, host="node1", boot="of node1")
+    for owner in (elsewhere, first):  # this process is alive, and seen to be
+        write(path, owner)
+        notes: list[str] = []
+        with locked(path, on_wait=notes.append):
+            assert read_owner(path) == Owner.of_this_process()
+        assert "of an earlier start of this job" in notes[0]
+        assert 30.0 in waits
+        waits.clear()
+    write(path, replace(first, pid=dead_process().pid))
+    with locked(path):
+        assert 30.0 not in waits, "a dead one finds out nothing"
+
+
+@pytest.mark.parametrize("other", [{"job": "1235"}, {"job": ""}, {"restarts": 2}, {"restarts": 3}])
+def test_the_lock_of_another_job_or_the_same_start_is_not_taken_over(
+    path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "1234")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    write(path, replace(Owner.of_this_process(), **{"restarts": 1, **other}))
+    with pytest.raises(ConfigError, match="which is running"), locked(path):
+        pass
+
+
+def test_a_lock_of_an_older_version_names_no_job(path: Path) -> None:
+    owner = Owner.of_this_process()
+    path.write_text(json.dumps({k: v for k, v in asdict(owner).items() if k not in ("job", "restarts")}))
+    assert read_owner(path) == replace(owner, job="", restarts=0)
+
+
+_DISPLACED = """
+import subprocess, sys, time
+from pathlib import Path
+from nemo_spin.selfplay import lock
+lock.HEARTBEAT_S = 0.05
+with lock.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_an_owner_that_is_not_any_more_the_owner_ends_at_once(path: Path) -> None:
+    """It hung, its lock was taken over, and it wakes up in the middle of a stage."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _DISPLACED, str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as displaced:
+        assert displaced.stdout is not None and displaced.stdout.readline() == "held\n"
+        other = replace(Owner.of_this_process(), host="node2", pid=77)
+        partial = path.with_name("partial")
+        write(partial, other)
+        partial.replace(path)
+        _, said = displaced.communicate(timeout=30)
+    assert displaced.returncode == -signal.SIGKILL
+    assert "was taken over by process 77 on node2: this one ends" in said
+    assert read_owner(path) == other
+
+
+def test_a_file_system_that_does_not_answer_is_no_silence(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look that takes minutes is followed by as long a watch as if it were the first."""
+    clock, looks = [0.0], [0]
+    stat = Path.stat
+
+    def slow(self: Path, **keywords: Any) -> os.stat_result:
+        looks[0] += self == path
+        if self == path and looks[0] == 3:
+            clock[0] += 120.0  # the server fails over
+        if self == path and looks[0] == 10:
+            os.utime(path, ns=(1, 1))  # by then the owner could beat again
+        return stat(self, **keywords)
+
+    monkeypatch.setattr(lock.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(Path, "stat", slow)
+    path.touch()
+    assert lock._heart_beats(path)
+    assert looks[0] == 10
