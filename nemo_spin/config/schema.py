@@ -300,7 +300,7 @@ class LauncherConfig:
     """How the processes of a stage are started."""
 
     name: str = "local"  # local | slurm (inside an allocation) | external (torchrun, mpirun, srun)
-    timeout_s: float = 86400.0  # a stage's processes are ended after it
+    timeout_s: float = 86400.0  # a stage's processes are ended after so long without progress
     collective_timeout_s: float = 1800.0  # for a rank to enter a phase, or a collective, that others entered
     hang_timeout_s: float = 600.0  # ranks are ended when one gives no sign of life for so long
     attempts: int = 3  # of a stage that fails by what may pass, with no new checkpoint or shard in between

@@ -36,7 +36,6 @@ from nemo_spin.launch.rank import ALONE_VARIABLE, FAILURE_VARIABLE, LAUNCHER_VAR
 from nemo_spin.selfplay.launcher import Job, RankJob
 
 PROGRESS_VARIABLE = "NEMO_SPIN_PROGRESS"
-TIMED_OUT = 124  # exit code, as of timeout(1)
 _GRACE_S = 1.0  # for ranks that fail together to say why
 _TERM_S = 5.0  # from SIGTERM to SIGKILL
 _GUARD = 'trap "" TERM INT HUP USR1; read _; kill -KILL 0'  # its input ends when the launching process does
@@ -112,8 +111,6 @@ class LocalJob:
         self._ends: dict[int, _End] = {}
         self._changed = threading.Condition()
         self._was_stopped = False
-        self._timed_out = False
-        self._deadline = time.monotonic() + job.timeout_s
         self._ranks: list[subprocess.Popen[bytes]] = []
         job.log_dir.mkdir(parents=True, exist_ok=True)
         stem = re.sub(r"[^\w.-]+", "-", job.name)
@@ -135,16 +132,11 @@ class LocalJob:
 
     def poll(self) -> int | None:
         """The exit code once all ranks ended: 0, or that of the rank that failed first."""
-        if time.monotonic() > self._deadline and not self._all_ended():
-            self._timed_out = True
-            self._end_group()
         if not self._all_ended():
             self._renew_guard()
             return None
         self._sweep()
         first = self._first_failure()
-        if self._timed_out:
-            return TIMED_OUT
         if first is None:
             return 0
         if self._was_stopped and self._ends[first].code < 0:
@@ -174,16 +166,12 @@ class LocalJob:
     def describe_failure(self) -> str:
         """What happened to the rank that failed first, the end of its log, and the log's path."""
         first = self._first_failure()
-        if first is None and not self._timed_out:
+        if first is None:
             return f"{self._job.name}: no rank failed"
-        rank = first or 0
-        if self._timed_out:
-            rank, what = 0, f"did not end within {self._job.timeout_s:g} s (launcher.timeout_s)"
-        else:
-            what = f"rank {self._share.places[rank].rank} {self._how_it_ended(rank)}"
-        aborted = what.endswith(signal.SIGABRT.name)
-        tail = quoted_end(self._logs[rank], self._offsets[rank], aborted=aborted)
-        return f"{self._job.name}: {what}\n{tail}  log: {self._logs[rank]}"
+        what = self._how_it_ended(first)
+        tail = quoted_end(self._logs[first], self._offsets[first], aborted=what.endswith(signal.SIGABRT.name))
+        rank = self._share.places[first].rank
+        return f"{self._job.name}: rank {rank} {what}\n{tail}  log: {self._logs[first]}"
 
     def _start_rank(self, rank: int) -> subprocess.Popen[bytes]:
         self._failures[rank].unlink(missing_ok=True)

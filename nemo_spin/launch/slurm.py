@@ -13,7 +13,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 from nemo_spin.config.schema import Config, SlurmConfig
 from nemo_spin.errors import PREEMPTED, ConfigError, DataError, explain
 from nemo_spin.generation.placement import Place, Placement
-from nemo_spin.launch.local import PROGRESS_VARIABLE, TIMED_OUT, inherited_environment, read_note
+from nemo_spin.launch.local import PROGRESS_VARIABLE, inherited_environment, read_note
 from nemo_spin.launch.log_tail import last_lines, quoted_end
 from nemo_spin.launch.rank import JOIN_VARIABLE, STEP_VARIABLE, step_files
 from nemo_spin.launch.slurm_script import gpus_per_node
@@ -206,8 +205,7 @@ class SlurmJob:
 
     def __init__(self, job: Job, config: Config) -> None:
         self._job = job
-        self._deadline = time.monotonic() + job.timeout_s
-        self._timed_out = self._was_stopped = self._was_interrupted = False
+        self._was_stopped = self._was_interrupted = False
         job.log_dir.mkdir(parents=True, exist_ok=True)
         self._stem = str(job.log_dir / re.sub(r"[^\w.-]+", "-", job.name))
         self._step_log = Path(f"{self._stem}.srun.log")
@@ -236,12 +234,9 @@ class SlurmJob:
 
     def poll(self) -> int | None:
         """The exit code once the step ended: 0, or that of the rank that failed first."""
-        if self._process.poll() is None and time.monotonic() > self._deadline:
-            self._timed_out = True
-            self._end()
         if self._process.poll() is None:
             return None
-        return TIMED_OUT if self._timed_out else self._exit_code(self._process.returncode)
+        return self._exit_code(self._process.returncode)
 
     def interrupt(self) -> None:
         """Asks every rank, and none of its children, to save and to end with `PREEMPTED`."""
@@ -257,19 +252,14 @@ class SlurmJob:
 
     def describe_failure(self) -> str:
         """What happened to the rank that failed first, the end of its log, and the log's path."""
-        aborted = False
-        if self._timed_out:
-            what, log = f"did not end within {self._job.timeout_s:g} s (launcher.timeout_s)", self._logs[0]
-        elif self.poll() in (None, 0):
+        if self.poll() in (None, 0):
             return f"{self._job.name}: no rank failed"
-        else:
-            first = self._first_failure()
-            what, aborted = first.how, _ABORTED.search(first.how) is not None
-            log = self._logs[first.rank] if first.rank >= 0 else self._step_log
+        first = self._first_failure()
+        log = self._logs[first.rank] if first.rank >= 0 else self._step_log
         if _size(log) == self._offsets[log]:
             log = self._step_log  # the rank had nothing to say yet
-        tail = quoted_end(log, self._offsets[log], aborted=aborted)
-        return f"{self._job.name}: {what}\n{tail}  log: {log}"
+        tail = quoted_end(log, self._offsets[log], aborted=_ABORTED.search(first.how) is not None)
+        return f"{self._job.name}: {first.how}\n{tail}  log: {log}"
 
     def _environment(self, config: Config) -> dict[str, str]:
         environment = inherited_environment()

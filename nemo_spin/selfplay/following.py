@@ -31,6 +31,8 @@ class ProgressReader:
         self._path = path
         self._offset = 0
         self._rest = b""
+        self._done: tuple[Any, ...] = ()
+        self.advanced = time.monotonic()  # when more was done than before
         self.error: NemoSpinError | None = None
 
     def pump(self, progress: Progress) -> None:
@@ -44,8 +46,17 @@ class ProgressReader:
         self._offset += len(new)
         *lines, self._rest = (self._rest + new).split(b"\n")
         events = [event for event in map(_parse, lines) if event is not None]
+        for event in events:
+            self._look_for_progress(event)
         for position, event in enumerate(events):
             self._handle(event, progress, is_last=position == len(events) - 1)
+
+    def _look_for_progress(self, event: dict[str, Any]) -> None:
+        """Values that change while no more is done are none."""
+        if event.get("event") == "update":
+            done = (event["done"], event["total"], event["unit"])
+            if done != self._done:
+                self._done, self.advanced = done, time.monotonic()
 
     def _handle(self, event: dict[str, Any], progress: Progress, *, is_last: bool) -> None:
         match event.get("event"):
@@ -83,7 +94,7 @@ def follow(
         name: For messages, such as "train of iteration 0".
         progress_path: Where they report.
         progress: Gets what they report.
-        timeout_s: Seconds after which they are ended.
+        timeout_s: Seconds without progress after which they are ended.
         interrupt: Asks the processes to save and end; None where they have nothing to save.
         grace_s: Seconds they have for it, when this command is told to stop.
         watchdog: Looks for ranks that hang; None: nobody does.
@@ -93,14 +104,17 @@ def follow(
         NemoSpinError: They failed; with the typed error that they reported, if any.
     """
     reader = ProgressReader(progress_path)
-    deadline = time.monotonic() + timeout_s
+    failed: float | None = None
     stopping = False
     try:
         while (code := job.poll()) is None:
             reader.pump(progress)
+            now = time.monotonic()
             if reader.error is not None:
-                deadline = min(deadline, time.monotonic() + _GRACE_S)
-            if time.monotonic() > deadline:
+                failed = now if failed is None else failed
+                if now - failed > _GRACE_S:
+                    break
+            elif now - reader.advanced > timeout_s:
                 break
             if watchdog is not None and reader.error is None:
                 watchdog.check()
@@ -131,8 +145,9 @@ def follow(
         raise StageError(
             explain(
                 name,
-                found=f"was not done after {timeout_s:.0f} s, and was ended{where}\n{job.describe_failure()}",
-                rule="a stage ends within launcher.timeout_s",
+                found=f"made no progress for {timeout_s:.0f} s, and was ended{where}\n"
+                f"{job.describe_failure()}",
+                rule="a stage has something new to report within launcher.timeout_s",
                 remedy="look at its log; raise launcher.timeout_s if it only needs longer; "
                 "the same command goes on where it was",
             )

@@ -27,7 +27,6 @@ class Job:
         progress_path: Exported as NEMO_SPIN_PROGRESS; rank 0 appends its events there
             (`nemo_spin.data.progress`).
         omp_num_threads: CPU threads per rank.
-        timeout_s: Seconds after which the job is ended.
     """
 
     name: str
@@ -37,7 +36,6 @@ class Job:
     log_dir: Path
     progress_path: Path
     omp_num_threads: int
-    timeout_s: float
 
 
 class RunningJob(Protocol):

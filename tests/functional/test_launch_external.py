@@ -46,7 +46,7 @@ def command(options):
             for number in range(2):
                 progress = here / "progress.jsonl"
                 name = f"stage {number}"
-                job = Job(name, "stage_body", (str(number),), 2, here / "logs", progress, 1, 60.0)
+                job = Job(name, "stage_body", (str(number),), 2, here / "logs", progress, 1)
                 running = started.start(job)
                 follow(running, name=name, progress_path=progress, progress=SilentProgress(), timeout_s=60.0,
                        interrupt=running.interrupt, grace_s=20.0)

@@ -190,7 +190,6 @@ class Stage(abc.ABC):
             log_dir=self.logs,
             progress_path=self.progress_path,
             omp_num_threads=config.launcher.omp_num_threads or max(1, num_cores() // config.trainer.devices),
-            timeout_s=config.launcher.timeout_s,
         )
         self.context.keeper.make_room()
         watchdog = Watchdog(

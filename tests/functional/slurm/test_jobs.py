@@ -170,7 +170,7 @@ from nemo_spin.selfplay.launcher import Job
 
 place = Path(sys.argv[1])
 config = from_mapping(json.loads(sys.argv[2]))
-job = Job(sys.argv[3], "step_body", (), 2, place / "logs", place / "progress.jsonl", 1, 60.0)
+job = Job(sys.argv[3], "step_body", (), 2, place / "logs", place / "progress.jsonl", 1)
 running = SlurmLauncher(config).start(job)
 while running.poll() is None:
     if (place / "leave").exists():

@@ -86,7 +86,6 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             log_dir=tmp_path / "logs",
             progress_path=tmp_path / "progress.jsonl",
             omp_num_threads=1,
-            timeout_s=60.0,
         )
         started.append(SlurmLauncher(configured(tmp_path)).start(job))
         return started[-1]

@@ -68,7 +68,7 @@ STOPPED = [
     "PermissionError: [Errno 13] Permission denied",
     "rank 3 was ended by SIGABRT\n  | CUDA error: an illegal memory access was encountered",
     "rank 3 was ended by SIGABRT\n  | CUDA error: device-side assert triggered",
-    "it was not done after 86400 s, and was ended",
+    "train of iteration 0: made no progress for 86400 s, and was ended",
     "  | srun: error: Unable to create step for job 7: More processors requested than permitted",
 ]
 

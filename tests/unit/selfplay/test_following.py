@@ -123,9 +123,33 @@ def test_an_exit_code_without_a_word(path: Path) -> None:
 
 def test_a_time_out(path: Path) -> None:
     job = Script([], None)
-    with pytest.raises(StageError, match="not done after 0 s"):
+    with pytest.raises(StageError, match=r"made no progress for 0 s, and was ended\n  \| the last line"):
         run(job, path, timeout_s=0.02)
     assert job.stopped
+
+
+def test_what_makes_progress_takes_as_long_as_it_takes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three days of training; then a day of the same step over and over."""
+    clock = [0.0]
+    monkeypatch.setattr(following.time, "monotonic", lambda: clock[0])
+
+    def work(step: int) -> None:
+        clock[0] += 3600.0
+        with path.open("a") as stream:  # the step and, in each hour, notes and values that are no progress
+            for event in (
+                {"event": "note", "text": "still there"},
+                {"event": "update", "done": step, "total": 80, "unit": "steps", "values": {"loss": clock[0]}},
+            ):
+                stream.write(json.dumps(event) + "\n")
+
+    hours = [lambda step=step: work(step) for step in range(1, 73)]
+    recorder = run(Script(hours, 0), path, timeout_s=86400.0)
+    assert len(recorder.updates) == 72 and clock[0] == 3 * 86400.0
+    path.unlink()
+    stuck = Script([lambda: work(5)] * 40, 0)
+    with pytest.raises(StageError, match="made no progress for 86400 s"):
+        run(stuck, path, timeout_s=86400.0)
+    assert len(stuck._steps) == 40 - 26 and stuck.stopped
 
 
 def told_to_stop() -> None:
