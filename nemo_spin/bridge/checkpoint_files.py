@@ -6,9 +6,11 @@ with garbage. So nothing gets a directory that `check_checkpoint` has not passed
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -80,13 +82,6 @@ class Checkpoint:
         first, mapped = start // mmap.PAGESIZE * mmap.PAGESIZE, self._maps[file]
         self._asked[file] = first + _AHEAD_BYTES
         mapped.madvise(mmap.MADV_WILLNEED, first, min(_AHEAD_BYTES, len(mapped) - first))
-
-    def is_finite(self, name: str, start: int, stop: int) -> bool:
-        """Whether the values in a range of a tensor's bytes are neither NaN nor infinite."""
-        tensor = self.tensors[name]
-        finite = all_finite(self._mapped(name)[start:stop], tensor.dtype)
-        self._release(tensor, start, stop)
-        return finite
 
     def _release(self, tensor: StoredTensor, start: int, stop: int) -> None:
         """Gives back the memory of a range that was read; a rank is not to hold the file."""
@@ -265,6 +260,10 @@ def all_finite(bits: np.ndarray, dtype: str) -> bool:
 
 
 def _check_finite(checkpoint: Checkpoint) -> None:
+    """Reads all values, in the process of the command itself.
+
+    A file that is mapped would have the process killed where a disk fails; a read raises.
+    """
     work = [
         (name, start)
         for name, tensor in checkpoint.tensors.items()
@@ -272,11 +271,21 @@ def _check_finite(checkpoint: Checkpoint) -> None:
         for start in range(0, tensor.size, _CHECK_BYTES)
     ]
 
+    of_thread = threading.local()
+
     def is_finite(part: tuple[str, int]) -> bool:
         name, start = part
-        return checkpoint.is_finite(name, start, min(start + _CHECK_BYTES, checkpoint.tensors[name].size))
+        tensor = checkpoint.tensors[name]
+        if not hasattr(of_thread, "buffer"):
+            of_thread.buffer = np.empty(_CHECK_BYTES, np.uint8)
+        values = of_thread.buffer[: min(_CHECK_BYTES, tensor.size - start)]
+        _read_bytes(tensor.file, descriptors[tensor.file], tensor.offset + start, values)
+        return all_finite(values, tensor.dtype)
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with contextlib.ExitStack() as stack:
+        files = {tensor.file for tensor in checkpoint.tensors.values()}
+        descriptors = {file: stack.enter_context(file.open("rb", buffering=0)).fileno() for file in files}
+        pool = stack.enter_context(ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)))
         for (name, _), good in zip(work, pool.map(is_finite, work), strict=True):
             if not good:
                 pool.shutdown(cancel_futures=True)
@@ -285,6 +294,23 @@ def _check_finite(checkpoint: Checkpoint) -> None:
                     f"tensor {name} holds NaN or infinite values",
                     "the training that wrote it diverged (lower the learning rate), or the file was damaged",
                 )
+
+
+def _read_bytes(file: Path, descriptor: int, offset: int, into: np.ndarray) -> None:
+    """Fills `into`: [size], uint8.
+
+    Raises:
+        CheckpointError: The file system does not answer, or the file ends earlier than its header said.
+    """
+    done = 0
+    while done < into.size:
+        try:
+            count = os.preadv(descriptor, [into[done:]], offset + done)
+        except OSError as error:
+            raise damaged(file, f"cannot be read ({error.strerror or error})") from error
+        if count == 0:
+            raise damaged(file, f"ends at byte {offset + done}, before the last tensor: truncated meanwhile")
+        done += count
 
 
 def num_parameters(hf_dir: Path) -> int:

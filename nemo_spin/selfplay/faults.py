@@ -94,6 +94,12 @@ FAULTS: tuple[Fault, ...] = (
         "nfs(5); Lustre Operations Manual, 'Eviction'",
         retry=True,
     ),
+    Fault(
+        r"ended by SIGBUS|(on|tasks?) \S+: Bus error\b",
+        True,
+        "a mapped file could not be read",
+        "mmap(2), signal(7), srun(1)",
+    ),
     Fault(r"ended by SIGABRT|(on|tasks?) \S+: Aborted\b", True, "a process aborted", "signal(7), srun(1)"),
     Fault(r"not done after .* the sampler was ended", True, "the sampler hung", "generation/job.py"),
 )

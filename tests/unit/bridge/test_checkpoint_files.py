@@ -1,17 +1,20 @@
 """Whatever can be wrong with a directory is refused, by the name of the tensor or file."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemo_spin.bridge import checkpoint_files
 from nemo_spin.bridge.checkpoint_files import (
     check_checkpoint,
     num_parameters,
@@ -166,6 +169,36 @@ def test_a_missing_file(tmp_path: Path) -> None:
     file = sorted(tmp_path.glob("*.safetensors"))[1]
     file.unlink()
     _refused(tmp_path, file.name)
+
+
+def test_a_file_that_fails_while_it_is_checked_is_an_error_and_no_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read through a map, a page that is not there would kill the command."""
+    make_checkpoint(tmp_path, "llama")
+    path = tmp_path / "model.safetensors"
+
+    def open_and_lose(*arguments: Any) -> checkpoint_files.Checkpoint:
+        checkpoint = open_model(*arguments)
+        os.truncate(path, path.stat().st_size // 2)
+        return checkpoint
+
+    open_model = checkpoint_files.open_model
+    monkeypatch.setattr(checkpoint_files, "open_model", open_and_lose)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: ends at byte \d+, before the last tensor"
+    ):
+        check_checkpoint(tmp_path)
+
+    def evicted(*arguments: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoint_files, "open_model", open_model)
+    path.unlink()
+    make_checkpoint(tmp_path, "llama")
+    monkeypatch.setattr(os, "preadv", evicted)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(Input/output error\)"):
+        check_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)

@@ -55,6 +55,8 @@ RETRIED = [
     "(connect failure)",
     "  | srun: error: Node failure on node2",
     "rank 7 on node1: Aborted (core dumped)",
+    "score of iteration 0: rank 1 was ended by SIGBUS",
+    "the sampler's process (at load m): ended with exit code 135\n  | srun: error: node2: task 0: Bus error",
     "generation: the sampler's process (at load m): was ended by SIGABRT without saying why",
     "[PG ID 0 Rank 3] ProcessGroupNCCL's watchdog got stuck for 480 seconds without making progress",
 ]
@@ -68,6 +70,7 @@ STOPPED = [
     "PermissionError: [Errno 13] Permission denied",
     "rank 3 was ended by SIGABRT\n  | CUDA error: an illegal memory access was encountered",
     "rank 3 was ended by SIGABRT\n  | CUDA error: device-side assert triggered",
+    "RuntimeError: DataLoader worker is killed by signal: Bus error.",
     "train of iteration 0: made no progress for 86400 s, and was ended",
     "  | srun: error: Unable to create step for job 7: More processors requested than permitted",
 ]
