@@ -305,7 +305,7 @@ def _read_bytes(file: Path, descriptor: int, offset: int, into: np.ndarray) -> N
     done = 0
     while done < into.size:
         try:
-            count = os.preadv(descriptor, [into[done:]], offset + done)
+            count = os.preadv(descriptor, [into.data[done:]], offset + done)
         except OSError as error:
             raise damaged(file, f"cannot be read ({error.strerror or error})") from error
         if count == 0:

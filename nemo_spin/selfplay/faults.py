@@ -95,12 +95,12 @@ FAULTS: tuple[Fault, ...] = (
         retry=True,
     ),
     Fault(
-        r"ended by SIGBUS|(on|tasks?) \S+: Bus error\b",
+        r"ended by SIGBUS|\b(on|tasks?) \S+: Bus error\b",
         True,
         "a mapped file could not be read",
         "mmap(2), signal(7), srun(1)",
     ),
-    Fault(r"ended by SIGABRT|(on|tasks?) \S+: Aborted\b", True, "a process aborted", "signal(7), srun(1)"),
+    Fault(r"ended by SIGABRT|\b(on|tasks?) \S+: Aborted\b", True, "a process aborted", "signal(7), srun(1)"),
     Fault(r"not done after .* the sampler was ended", True, "the sampler hung", "generation/job.py"),
 )
 
