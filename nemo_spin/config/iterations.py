@@ -12,6 +12,10 @@ from nemo_spin.config.typed import build
 
 T = TypeVar("T")
 
+# Every model of a run is evaluated with the sampling of this iteration, whatever its own is:
+# scores are compared, by `selfplay.keep` and by guards.
+EVALUATED_AS = 0
+
 
 def at_iteration(value: T | Sequence[T], iteration: int) -> T:
     """The value that holds in `iteration`, counted from 0.

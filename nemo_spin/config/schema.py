@@ -218,7 +218,7 @@ class GenerationConfig:
     server_timeout_s: float = 600.0  # for each call to it; NEMO_SPIN_SERVER_KEY holds its key, if it has one
     python: str | None = None  # interpreter of the worker; null: this one, else .venv-vllm
     num_generations: int = 1  # per prompt
-    temperature: Any = 1.0
+    temperature: Any = 1.0  # evaluations draw as iteration 0 does, for every model
     top_p: Any = 1.0
     top_k: int = 0  # 0: off
     max_tokens: int = 256
@@ -332,7 +332,8 @@ class EvaluationConfig:
     enabled: bool = True
     scorer: str | None = None  # `package.module:function` or `path/to/file.py:function`
     num_prompts: int | None = None  # null: all held-out prompts
-    sampled: bool = True  # score answers at generation.temperature
+    # Score sampled answers. All models are sampled as in iteration 0 (generation.*): scores are compared
+    sampled: bool = True
     greedy: bool = True  # and at temperature 0
     benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
 

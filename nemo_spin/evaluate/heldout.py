@@ -2,7 +2,8 @@
 
 Works like the generate stage and through the same sampler: `start` gives a running
 process with one engine for both passes, `finish` scores what it left and writes the
-manifest. A scorer sees texts; the token ids stay what they were sampled as.
+manifest. A scorer sees texts; the token ids stay what they were sampled as. All models
+of a run are asked in the same way, that of iteration 0: their scores are compared.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nemo_spin.config.iterations import EVALUATED_AS
 from nemo_spin.config.schema import Config
 from nemo_spin.data.files import Manifest, atomic_path, write_json, write_manifest
 from nemo_spin.data.pairs import read_prepared
@@ -72,7 +74,7 @@ def start(
         model_dir: Hugging Face directory of the model.
         prepared: Directory with the prepared rows.
         out_dir: Where the answers and results go.
-        iteration: Of self-play: decides about settings that differ between iterations, and seeds.
+        iteration: Of self-play: for the seeds. How answers are drawn does not depend on it.
         model_sha256: Hash of the model.
         inputs: What the result depends on; must be those of an earlier start.
         progress_path: Where the sampler reports how far it is.
@@ -225,7 +227,7 @@ def _passes(config: Config, prepared: Path, *, iteration: int, model_sha256: str
                 remedy="set data.heldout and prepare the data again, or set evaluation.enabled=false",
             )
         )
-    sampling = passes.configured_sampling(config, prepared, iteration)
+    sampling = passes.configured_sampling(config, prepared, EVALUATED_AS)
     ways = {SAMPLED: sampling, GREEDY: replace(sampling, temperature=0.0, top_p=1.0, top_k=0)}
     wanted = {SAMPLED: config.evaluation.sampled, GREEDY: config.evaluation.greedy}
     return [

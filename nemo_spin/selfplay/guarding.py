@@ -27,7 +27,7 @@ def findings_of(stage: Stage, manifest: Manifest) -> list[Finding]:
         return []
     before = iteration_results(run, iteration - 1) if iteration else None
     if stage.name == "generate":
-        earlier = before.generated.get("train", {}) if before else {}
+        earlier = before.generated.get("train", {}) if before and _drawn_as_before(stage) else {}
         return guards.of_answers(manifest.counts.get("train", {}), earlier, thresholds)
     if stage.name == "score":
         return guards.of_scores(manifest.counts, thresholds)
@@ -38,6 +38,17 @@ def findings_of(stage: Stage, manifest: Manifest) -> list[Finding]:
         first = read_evaluation(run.iteration(0).opponent_evaluation_path)
         return guards.of_evaluation(manifest.counts, before.evaluation if before else first, thresholds)
     return []
+
+
+def _drawn_as_before(stage: Stage) -> bool:
+    """Whether answers are drawn as in the iteration before, so that shares of them can be compared."""
+    assert stage.iteration, "there is none before the first"
+    how_many = ("spin.num_prompts", "generation.num_generations")
+    now, before = (
+        {key: value for key, value in entry.settings().items() if key not in how_many}
+        for entry in (stage, type(stage)(stage.context, stage.iteration - 1))
+    )
+    return now == before
 
 
 def record(stage: Stage, findings: list[Finding]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nemo_spin.config.iterations import EVALUATED_AS, config_at
+from nemo_spin.config.schema import Config
 from nemo_spin.data.files import Manifest, write_json
 from nemo_spin.data.progress import Progress
 from nemo_spin.evaluate import benchmarks, heldout
@@ -32,6 +34,11 @@ class EvaluateStage(Stage):
     def label(self) -> str:
         """See `Stage`."""
         return "evaluate of theta_0" if self.iteration is None else super().label
+
+    @property
+    def config(self) -> Config:
+        """The same for every model of the run, so that their scores can be compared."""
+        return config_at(self.context.config, EVALUATED_AS)
 
     @property
     def files(self) -> IterationDirectory:
@@ -62,8 +69,8 @@ class EvaluateStage(Stage):
         return self.context.theta_0 if self.iteration is None else self.files.model
 
     def settings(self) -> dict[str, Any]:
-        """See `Stage`; sampling settings are those of the iteration (theta_0: of the first)."""
-        return config_inputs(self.context.config, self.name, self.iteration)
+        """See `Stage`; sampling settings are those of iteration 0, for every model."""
+        return config_inputs(self.context.config, self.name, EVALUATED_AS)
 
     def check(self) -> None:
         """There must be an interpreter for the sampler and for benchmarks; the scorer must be importable."""

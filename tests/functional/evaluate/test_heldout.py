@@ -28,13 +28,14 @@ def fail(prompt: str, real: str, response: str) -> float:
 
 
 def _arguments(model_dir: Path, directory: Path, **evaluation: Any) -> tuple[Config, dict[str, Any]]:
-    config = configuration(top_p=0.95, shard_rows=5)
+    # The iteration's own sampling plays no part: scores of different iterations are compared.
+    config = configuration(temperature=[1.0, 0.5], top_p=[0.95, 0.1], shard_rows=5)
     config.evaluation = EvaluationConfig(**{"num_prompts": 11, **evaluation})
     return config, {
         "model_dir": model_dir,
         "prepared": directory / "data",
         "out_dir": directory / "evaluation",
-        "iteration": 0,
+        "iteration": 1,
         "model_sha256": "b" * 64,
         "inputs": {"weights": "b" * 64},
     }

@@ -52,6 +52,14 @@ def results(run_dir: Path) -> dict[str, str]:
     }
 
 
+def sampling_of(stage_directory: Path) -> tuple[float, int, int]:
+    """Temperature, top_k and max_tokens that the result in it was made with."""
+    manifest = read_manifest(stage_directory)
+    assert manifest is not None
+    values = manifest.inputs["config"]
+    return tuple(values[f"generation.{key}"] for key in ("temperature", "top_k", "max_tokens"))  # type: ignore[return-value]
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "run")
@@ -207,6 +215,22 @@ class TestChangedConfiguration:
         stand_ins.fail_in = None
         run(make_config(spin={"lr": [1e-4, 5e-4], "beta": [0.1, 2.0]}))
         assert stand_ins.started[0] == "generate of iteration 1"
+
+    def test_every_model_is_evaluated_as_in_iteration_0(
+        self, run: Run, make_config: MakeConfig, stand_ins: StandIns, directory: RunDirectory
+    ) -> None:
+        changes = {"1": {"generation.top_k": 50, "generation.max_tokens": 99}}
+        config = make_config(generation={"temperature": [0.5, 1.0]}, spin={"per_iteration": changes})
+        run(config)
+        own, evaluated = [], []
+        for iteration in (0, 1):
+            files = directory.iteration(iteration)
+            own.append(sampling_of(files.generated))
+            evaluated.append(sampling_of(files.evaluation))
+        assert own == [(0.5, 0, 256), (1.0, 50, 99)]
+        assert {sampling_of(directory.iteration(0).opponent_evaluation), *evaluated} == {own[0]}
+        run(make_config(generation={"temperature": [0.5, 1.0]}, spin={"per_iteration": changes}))
+        assert stand_ins.started == []
 
     def test_more_iterations_go_on_from_a_finished_run(
         self, run: Run, make_config: MakeConfig, stand_ins: StandIns, directory: RunDirectory
@@ -502,3 +526,28 @@ def test_a_guard_in_training_ends_the_loop(
         run(make_config(selfplay={"keep": "last"}))
     assert directory.kept.resolve() == directory.iteration(0).model
     assert "failed in train of iteration 1" in describe(directory.path)
+
+
+@pytest.mark.parametrize(("temperature", "guards"), [([1.0, 1.0], ["equal_fall"]), ([0.5, 1.0], [])])
+def test_answers_are_compared_with_those_before_where_they_were_drawn_alike(
+    run: Run,
+    make_config: MakeConfig,
+    stand_ins: StandIns,
+    directory: RunDirectory,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    temperature: list[float],
+    guards: list[str],
+) -> None:
+    counts, work = COUNTS["generate"], stand_ins.work
+    fewer = {**counts, "train": {**counts["train"], "equal_share": 0.3}}
+
+    def fall(label: str, *arguments: Any, **named: Any) -> None:
+        monkeypatch.setitem(COUNTS, "generate", fewer if label == "generate of iteration 1" else counts)
+        work(label, *arguments, **named)
+
+    monkeypatch.setattr(stand_ins, "work", fall)
+    run(make_config(generation={"temperature": temperature}, spin={"num_prompts": [None, 40]}))
+    files = directory.iteration(1)
+    found = json.loads(files.guards_path.read_text()) if files.guards_path.exists() else {}
+    assert [entry["guard"] for entry in found.get("generate", [])] == guards
