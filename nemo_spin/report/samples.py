@@ -24,6 +24,9 @@ from nemo_spin.report.sources import PartSource, RunSource
 MAX_CHARACTERS = 4000  # of one text; the rest is counted
 MAX_SAMPLES = 4  # answers of one model to one prompt
 
+Place = tuple[str, str]  # split and id of a prompt: ids are unique within a split only
+Places = dict[Place, int]  # -> its position in the columns of `Samples`
+
 DRAWN = "drawn"  # an answer that was trained on (or drawn beside them, held out)
 
 
@@ -66,7 +69,7 @@ def collect_samples(run: RunSource, values: Sequence[PairValues], *, limit: int,
         notes: Told what could not be read.
     """
     samples = Samples()
-    places: dict[str, int] = {}
+    places: Places = {}
     with notes.instead_of_failing("samples"):
         _add_prompts(samples, places, run.data_dir, limit)
     if not places:
@@ -87,7 +90,7 @@ def collect_samples(run: RunSource, values: Sequence[PairValues], *, limit: int,
     return samples
 
 
-def _add_prompts(samples: Samples, places: dict[str, int], data_dir: Path, limit: int) -> None:
+def _add_prompts(samples: Samples, places: Places, data_dir: Path, limit: int) -> None:
     manifest = read_manifest(data_dir)
     if manifest is None:
         return
@@ -101,12 +104,16 @@ def _add_prompts(samples: Samples, places: dict[str, int], data_dir: Path, limit
         table = pq.read_table(path, columns=["id", "prompt_text", "real_text"], partitioning=None)
         table = table.take(pa.array(_spread(table.num_rows, shown[split])))
         for row_id in table["id"].to_pylist():
-            places.setdefault(row_id, len(places))
-        samples.ids += table["id"].to_pylist()
+            places[split, row_id] = len(samples.ids)
+            samples.ids.append(row_id)
         samples.splits += [split] * table.num_rows
         samples.prompts += [clipped(text) for text in table["prompt_text"].to_pylist()]
         samples.reals += [clipped(text) for text in table["real_text"].to_pylist()]
     samples.answers = [[] for _ in samples.ids]
+
+
+def _ids(places: Places, split: str) -> pa.Array:
+    return pa.array([row_id for of_split, row_id in places if of_split == split], pa.string())
 
 
 def _spread(count: int, wanted: int) -> np.ndarray:
@@ -131,7 +138,7 @@ def _tokenizer(run: RunSource, notes: Notes) -> Any:
 
 
 def _add_drawn(
-    samples: Samples, places: dict[str, int], part: PartSource, values: PairValues, tokenizer: Any
+    samples: Samples, places: Places, part: PartSource, values: PairValues, tokenizer: Any
 ) -> None:
     """What theta_t answered in its iteration, with the margins that training gave these pairs."""
     assert part.iteration is not None, "plain fine-tuning draws nothing"
@@ -139,13 +146,13 @@ def _add_drawn(
         return
     margins = _margins(values)
     changes = {
-        row_id: change
-        for table in values.real_changes.values()
+        (split, row_id): change
+        for split, table in values.real_changes.items()
         for row_id, change in zip(table["id"].to_pylist(), table["change"].to_pylist(), strict=True)
     }
-    wanted = pa.array(list(places), pa.string())
     columns = ["id", "sample", "real_ids", "generated_ids", "finish_reason"]
     for split in SPLITS:
+        wanted = _ids(places, split)
         for path in shard_paths(part.paths.generated, split):
             table = pq.read_table(path, columns=columns, partitioning=None)
             mask = pc.and_(pc.is_in(table["id"], wanted), pc.less(table["sample"], MAX_SAMPLES))
@@ -163,17 +170,19 @@ def _add_drawn(
                     cut=row["finish_reason"] == "length",
                     equal=row["generated_ids"] == row["real_ids"],
                 )
-                _number(answer, "g", margins.get((row["id"], row["sample"])))
-                _number(answer, "d", changes.get(row["id"]))
-                samples.answers[places[row["id"]]].append(answer)
+                _number(answer, "g", margins.get((split, row["id"], row["sample"])))
+                _number(answer, "d", changes.get((split, row["id"])))
+                samples.answers[places[split, row["id"]]].append(answer)
 
 
-def _margins(values: PairValues) -> dict[tuple[str, int], float]:
+def _margins(values: PairValues) -> dict[tuple[str, str, int], float]:
+    """By split, id and sample; those of training pairs are all that is known."""
     table = values.margins
     if table is None:
         return {}
     keys = zip(table["id"].to_pylist(), table["sample"].to_pylist(), strict=True)
-    return dict(zip(keys, table["margin"].to_pylist(), strict=True))
+    margins = table["margin"].to_pylist()
+    return {("train", *key): margin for key, margin in zip(keys, margins, strict=True)}
 
 
 def _texts(tokenizer: Any, rows: list[dict[str, Any]]) -> list[str]:
@@ -189,14 +198,14 @@ def _texts(tokenizer: Any, rows: list[dict[str, Any]]) -> list[str]:
     return texts
 
 
-def _add_evaluated(samples: Samples, places: dict[str, int], directory: Path, *, model: int) -> None:
+def _add_evaluated(samples: Samples, places: Places, directory: Path, *, model: int) -> None:
     """Held-out answers, sampled and greedy, with the scores that a scorer gave them."""
     if read_manifest(directory) is None:
         return
     columns = ["pass", "id", "real_text", "response_text", "score", "finish_reason", "num_sampler_tokens"]
     for path in sorted(directory.glob("evaluation.parquet")):
         table = pq.read_table(path, columns=columns, partitioning=None)
-        table = table.filter(pc.is_in(table["id"], pa.array(list(places), pa.string())))
+        table = table.filter(pc.is_in(table["id"], _ids(places, "heldout")))
         for row in table.to_pylist():
             answer: dict[str, Any] = {
                 "m": model,
@@ -207,7 +216,7 @@ def _add_evaluated(samples: Samples, places: dict[str, int], directory: Path, *,
             equal = row["response_text"].strip() == row["real_text"].strip()
             _flag(answer, cut=row["finish_reason"] == "length", equal=equal)
             _number(answer, "s", row["score"])
-            samples.answers[places[row["id"]]].append(answer)
+            samples.answers[places["heldout", row["id"]]].append(answer)
 
 
 def _flag(answer: dict[str, Any], *, cut: bool, equal: bool) -> None:

@@ -58,6 +58,7 @@ class Shape:
         scorer: Whether held-out answers have scores.
         prompt, answer: Make the texts.
         special: Prompts that stand first.
+        same_ids: Whether both splits count their rows by the same ids, as a user's `data.id_column` may.
     """
 
     prompts: int = 40
@@ -70,6 +71,7 @@ class Shape:
     prompt: Texts = sentence
     answer: Texts = sentence
     special: Sequence[str] = ()
+    same_ids: bool = False
     seed: int = 0
     drift: float = 0.02
 
@@ -152,7 +154,7 @@ class Writer:
             reals = [self.shape.answer(self.chance) for _ in range(number)]
             self.prepared[split] = [
                 {
-                    "id": f"{split}-{i:06d}",
+                    "id": f"{'row' if self.shape.same_ids else split}-{i:06d}",
                     "prompt_ids": p[:-1],
                     "real_ids": r,
                     "prompt_text": pt,

@@ -58,6 +58,31 @@ def test_held_out_prompts_have_scored_answers_of_every_model(tmp_path: Path) -> 
     assert all("s" in answer for answer in samples.answers[place] if answer["k"] != "drawn")
 
 
+def test_the_same_ids_in_both_splits_are_different_prompts(tmp_path: Path) -> None:
+    apart = collect(write_run(tmp_path / "apart"), limit=20)
+    run = write_run(tmp_path / "same", Shape(same_ids=True))
+    same = collect(run, limit=20)
+    assert len(set(same.ids)) < len(same.ids)
+    assert (same.splits, same.prompts, same.reals) == (apart.splits, apart.prompts, apart.reals)
+    texts = [
+        [[(answer["m"], answer["k"], answer["t"]) for answer in of] for of in s.answers]
+        for s in (same, apart)
+    ]
+    assert texts[0] == texts[1]
+    values = pair_values(run.parts[0], run.parts[1])
+    assert values.margins is not None
+    margins = {row["id"]: row["margin"] for row in values.margins.to_pylist()}
+    changes = {
+        (split, row["id"]): row["change"]
+        for split, table in values.real_changes.items()
+        for row in table.to_pylist()
+    }
+    for split, row_id, answers in zip(same.splits, same.ids, same.answers, strict=True):
+        (drawn,) = [answer for answer in answers if (answer["m"], answer["k"]) == (0, "drawn")]
+        assert drawn.get("g") == (pytest.approx(margins[row_id], rel=1e-6) if split == "train" else None)
+        assert drawn["d"] == pytest.approx(changes[split, row_id], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("limit", "train", "heldout"), [(1000, 40, 12), (20, 15, 5), (44, 33, 11), (50, 38, 12), (0, 0, 0)]
 )
