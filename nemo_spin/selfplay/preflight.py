@@ -6,10 +6,13 @@ model are reported in the first seconds, not after hours of tokenizing or sampli
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
-from nemo_spin.bridge.checkpoint_files import check_checkpoint
+from nemo_spin.bridge.checkpoint_files import check_checkpoint, open_checkpoint
+from nemo_spin.bridge.companions import TOKENIZER_FILES
+from nemo_spin.bridge.hf_config import CONFIG_NAME
 from nemo_spin.bridge.peft_files import projection_names
 from nemo_spin.config.expert_rules import check_experts_fit
 from nemo_spin.config.fp8_rules import check_fp8_fits
@@ -28,8 +31,8 @@ _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken
 def find_model(path: str) -> Path:
     """The local directory of `model.path`; a hub id is downloaded into the hub's cache.
 
-    What is in the cache already is used as it is, so that a run goes on from the same
-    weights when the hub has moved on.
+    A whole model that is in the cache already is used as it is, so that a run goes on from
+    the same weights when the hub has moved on.
 
     Raises:
         CheckpointError: There is no such directory, and no such model on the hub.
@@ -53,12 +56,12 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    with contextlib.suppress(LocalEntryNotFoundError):
+        cached = Path(snapshot_download(hub_id, allow_patterns=_WANTED, local_files_only=True)).resolve()
+        if _missing_part(cached) is None:
+            return cached
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_WANTED, local_files_only=True)).resolve()
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=_WANTED)).resolve()
+        fetched = Path(snapshot_download(hub_id, allow_patterns=_WANTED)).resolve()
     except Exception as error:  # the hub client raises dozens of types: network, rights, names
         raise CheckpointError(
             explain(
@@ -68,6 +71,31 @@ def _download(hub_id: str) -> Path:
                 remedy="check the name, the network and `hf auth login`, or give a directory",
             )
         ) from error
+    missing = _missing_part(fetched)
+    if missing is None:
+        return fetched
+    raise CheckpointError(  # the client falls back on a part in its cache where the hub does not answer
+        explain(
+            f"model.path={hub_id}",
+            found=f"there is no {missing} on the hub, or in its cache where the hub does not answer",
+            rule=f"{CONFIG_NAME}, a tokenizer and whole weights in safetensors files",
+            remedy="check the network and the model's page; where it has .bin files alone, download them and "
+            "give the directory: its refusal says how to convert them",
+        )
+    )
+
+
+def _missing_part(snapshot: Path) -> str | None:
+    """What a model needs and a cache lacks, such as where the tokenizer alone was ever loaded."""
+    if not (snapshot / CONFIG_NAME).is_file():
+        return CONFIG_NAME
+    if not any((snapshot / name).is_file() for name in TOKENIZER_FILES):
+        return "tokenizer"
+    try:
+        open_checkpoint(snapshot)
+    except CheckpointError:
+        return "whole set of weights"
+    return None
 
 
 def check_model(config: Config, model_dir: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,17 +37,52 @@ def test_a_file(tmp_path: Path) -> None:
         find_model(str(tmp_path / "model.safetensors"))
 
 
-def test_a_hub_id_in_the_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def snapshot(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model org/name in a cache of the hub, which cannot be reached."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     repository = tmp_path / "models--org--name"
     snapshot = repository / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
+    shutil.copytree(tiny_model, snapshot)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
+    return snapshot
+
+
+def test_a_hub_id_in_the_cache_needs_no_network(snapshot: Path) -> None:
     assert find_model("org/name") == snapshot.resolve()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [("*.safetensors", "whole set of weights"), ("config.json", "config.json"), ("*token*", "tokenizer")],
+)
+def test_a_part_of_a_model_in_the_cache_is_none(snapshot: Path, pattern: str, words: str) -> None:
+    removed = [path.rename(snapshot.parent / path.name) for path in snapshot.glob(pattern)]
+    assert removed
+    for path in [*snapshot.glob("chat_template*"), *snapshot.glob("special_*")]:
+        path.unlink()
+    with pytest.raises(CheckpointError, match=f"there is no {words} on the hub"):
+        find_model("org/name")
+
+
+def test_the_rest_of_a_model_is_downloaded(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = (snapshot / "model.safetensors").rename(snapshot.parent / "elsewhere")
+
+    def hub(hub_id: str, *, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        """Stands in for the hub, which no test may ask."""
+        assert hub_id == "org/name" and "*.safetensors" in allow_patterns
+        if not local_files_only:
+            weights.rename(snapshot / "model.safetensors")
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    for _ in range(2):  # the second time from the cache: nothing is left to be moved
+        assert find_model("org/name") == snapshot.resolve()
+        assert (snapshot / "model.safetensors").is_file()
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
