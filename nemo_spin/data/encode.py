@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from nemo_spin.config.schema import DataConfig
 from nemo_spin.data.columns import PREPARED, PREPARED_GIVEN
+from nemo_spin.data.overlap import prompt_hashes
 from nemo_spin.data.rows import (
     NOT_JSON,
     NOT_UTF8,
@@ -50,12 +51,14 @@ class EncodedPiece:
         refusals: The others.
         num_cut_prompts: Accepted rows whose prompt was shortened.
         num_cut_responses: Accepted rows whose response was cut, and so has no end token.
+        prompt_hashes: Of the accepted rows (`overlap.prompt_hashes`); empty without held-out data.
     """
 
     batch: pa.RecordBatch
     refusals: list[Refusal] = field(default_factory=list)
     num_cut_prompts: int = 0
     num_cut_responses: int = 0
+    prompt_hashes: bytes = b""
 
     @property
     def num_rows(self) -> int:
@@ -106,6 +109,8 @@ def encode_piece(piece: Piece, template: Template, config: DataConfig) -> Encode
             columns[column].append(value)
     refused.sort(key=lambda refusal: refusal.row)
     result.batch = pa.RecordBatch.from_pydict(columns, schema)
+    if config.heldout is not None:
+        result.prompt_hashes = prompt_hashes(columns["prompt_text"])
     return result
 
 

@@ -17,6 +17,7 @@ from nemo_spin.data.columns import PREPARED, QUARANTINED
 from nemo_spin.data.encode import schema_of
 from nemo_spin.data.files import MANIFEST_NAME, Manifest, atomic_path, remove_partials, write_manifest
 from nemo_spin.data.inputs import prepare_inputs
+from nemo_spin.data.overlap import PromptOverlap
 from nemo_spin.data.overlong import OverlongRows, RowLimit
 from nemo_spin.data.progress import Progress, SilentProgress
 from nemo_spin.data.row_writer import RowWriter, UniqueIds
@@ -25,6 +26,7 @@ from nemo_spin.data.sources import Piece, Source, open_source
 from nemo_spin.data.split_counts import SplitCounts
 from nemo_spin.data.templates import load_template
 from nemo_spin.data.workers import Workers
+from nemo_spin.data.worth_knowing import overlap_note
 from nemo_spin.errors import ConfigError, DataError, explain
 
 STAGE = "prepare"
@@ -65,6 +67,7 @@ def prepare(
         split: SplitCounts(overlong=None if row_limit is None else OverlongRows(row_limit))
         for split in sources
     }
+    overlap = PromptOverlap()
     with contextlib.ExitStack() as stack:
         paths = {split: stack.enter_context(atomic_path(out_dir / f"{split}.parquet")) for split in sources}
         with (
@@ -81,6 +84,7 @@ def prepare(
                         writer=writer,
                         quarantine=quarantine,
                         counts=counts[split],
+                        overlap=overlap,
                         progress=progress,
                     )
             # Until here all that an earlier call left is unharmed.
@@ -88,13 +92,18 @@ def prepare(
         for split, count in counts.items():
             _report(split, count, progress)
             _check_share(split, count, config=config, quarantine_path=out_dir / QUARANTINE_NAME)
+        summaries = {split: count.summary() for split, count in counts.items()}
+        if "heldout" in summaries:
+            summaries["heldout"]["also_in_train"] = overlap.count()
+        if note := overlap_note(summaries):
+            progress.note(note)
     return write_manifest(
         out_dir,
         stage=STAGE,
         files=[*(f"{split}.parquet" for split in sources), QUARANTINE_NAME],
         inputs=inputs,
         counts={
-            **{split: count.summary() for split, count in counts.items()},
+            **summaries,
             "end_token_id": template.end_token_id,
             "stop_token_ids": list(template.stop_token_ids),
         },
@@ -109,6 +118,7 @@ def _prepare_split(
     writer: RowWriter,
     quarantine: RowWriter,
     counts: SplitCounts,
+    overlap: PromptOverlap,
     progress: Progress,
 ) -> None:
     unique = UniqueIds()
@@ -121,6 +131,7 @@ def _prepare_split(
         ]
         quarantine.write(pa.RecordBatch.from_pylist(refused, QUARANTINED))
         counts.add(piece)
+        overlap.add(split, piece.prompt_hashes)
         done = counts.all_rows
         progress.update(done, max(total, done), "rows", split=split, quarantined=counts.refused.total())
     progress.update(counts.all_rows, counts.all_rows, "rows", split=split, quarantined=counts.refused.total())

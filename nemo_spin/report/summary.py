@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from nemo_spin.data.files import Manifest, read_manifest
+from nemo_spin.data.worth_knowing import overlap_note
 from nemo_spin.report import published
 from nemo_spin.report.benchmarks import benchmark_table
 from nemo_spin.report.histograms import histograms
@@ -68,6 +69,10 @@ def summarise_run(run: RunSource, values: list[PairValues], *, name: str, notes:
     with notes.instead_of_failing("histograms"):
         shown = histograms(labelled)
     settings = _settings(run.config_path, notes)
+    prepared = _counts(run.data_dir, "prepared data", notes)
+    with notes.instead_of_failing("notes on prepared data"):
+        if note := overlap_note(prepared):
+            notes.add(note)
     return {
         "name": name,
         "path": str(run.path),
@@ -78,7 +83,7 @@ def summarise_run(run: RunSource, values: list[PairValues], *, name: str, notes:
         "times": _times(run.times),
         "histograms": shown,
         "settings": settings,
-        "prepared": _counts(run.data_dir, "prepared data", notes),
+        "prepared": prepared,
         "provenance": _provenance(run, settings, notes),
     }
 

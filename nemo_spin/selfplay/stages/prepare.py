@@ -82,5 +82,7 @@ class PrepareStage(Stage):
                 refused = f", {counts['quarantined']:,} refused" if counts["quarantined"] else ""
                 overlong = counts.get("overlong", {}).get("possible", 0)
                 above = f", {overlong:,} may exceed model.micro_batch_tokens" if overlong else ""
-                parts.append(f"{counts['rows']:,} {split} rows, {tokens:,} tokens{refused}{above}")
+                shared = counts.get("also_in_train", 0)
+                known = f", {shared:,} of their prompts in train too" if shared else ""
+                parts.append(f"{counts['rows']:,} {split} rows, {tokens:,} tokens{refused}{above}{known}")
         return "; ".join(parts)

@@ -16,6 +16,7 @@ from nemo_spin.data.files import read_manifest, verify_manifest
 from nemo_spin.data.inputs import prepare_inputs
 from nemo_spin.data.overlong import RowLimit
 from nemo_spin.data.prepare import prepare
+from nemo_spin.data.worth_knowing import overlap_note
 from nemo_spin.errors import ConfigError, DataError
 from tests.unit.data.tokenizers import conversation, conversations, save_tokenizer, write_jsonl, write_parquet
 
@@ -48,9 +49,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def test_files_manifest_and_counts(tmp_path: Path, tokenizer_dir: Path) -> None:
     rows = [*conversations(30), conversation("", "x"), conversation("x", ""), "{"]
+    # Two prompts are in both: one with another answer, and one demonstration as it is.
+    heldout = [conversation("Add 3 and 4.", "another answer"), *conversations(33)[29:]]
     config = DataConfig(
         train=str(write_jsonl(tmp_path / "a.jsonl", rows)),
-        heldout=str(write_parquet(tmp_path / "b.parquet", conversations(5))),
+        heldout=str(write_parquet(tmp_path / "b.parquet", heldout)),
         max_quarantined_share=0.1,
     )
     heard = Heard()
@@ -67,7 +70,8 @@ def test_files_manifest_and_counts(tmp_path: Path, tokenizer_dir: Path) -> None:
     assert counts["real_tokens"] == sum(len(row["real_ids"]) for row in train)
     assert counts["real_length"]["max"] == max(len(row["real_ids"]) for row in train)
     assert counts["quarantined_by_reason"] == {"empty prompt": 1, "no response": 1, "not JSON": 1}
-    assert manifest.counts["heldout"]["rows"] == 5
+    assert (manifest.counts["heldout"]["rows"], manifest.counts["heldout"]["also_in_train"]) == (5, 2)
+    assert "also_in_train" not in counts
     assert manifest.counts["stop_token_ids"] == [1, 3]
     quarantine = pq.read_table(tmp_path / "data" / "quarantine.parquet")
     assert quarantine.schema.equals(QUARANTINED)
@@ -75,7 +79,8 @@ def test_files_manifest_and_counts(tmp_path: Path, tokenizer_dir: Path) -> None:
         (n, "train") for n in (30, 31, 32)
     ]
     assert heard.notes == [
-        "train: 3 of 33 rows refused (1 empty prompt, 1 no response, 1 not JSON); see quarantine.parquet"
+        "train: 3 of 33 rows refused (1 empty prompt, 1 no response, 1 not JSON); see quarantine.parquet",
+        overlap_note(manifest.counts),
     ]
     assert heard.updates[-1] == (5, 5, "rows", {"split": "heldout", "quarantined": 0})
     assert any(done == total == 33 for done, total, _, _ in heard.updates)

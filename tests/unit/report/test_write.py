@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from nemo_spin.data.worth_knowing import overlap_note
 from nemo_spin.errors import DataError
 from nemo_spin.report.sources import PartSource, RunSource, StageTime
 from nemo_spin.report.write import display_names, write_report
@@ -162,6 +163,17 @@ def test_not_a_number_is_said(tmp_path: Path) -> None:
     assert run["notes"] == [
         "iteration 0: not a number (NaN or infinite): loss from step 20, grad_norm from step 20"
     ]
+
+
+def test_what_prepared_data_shows_is_said(tmp_path: Path) -> None:
+    source = write_run(tmp_path / "run")
+    path = source.data_dir / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["counts"]["heldout"]["also_in_train"] = 3
+    path.write_text(json.dumps(manifest))
+    (run,) = write(tmp_path, source)
+    assert run["notes"] == [overlap_note(manifest["counts"])]
+    assert run["notes"][0].startswith("heldout: 3 of 12 prompts")
 
 
 def test_an_unwritable_place_is_an_error_of_the_user(tmp_path: Path) -> None:
