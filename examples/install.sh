@@ -5,7 +5,7 @@
 #
 #   bash examples/install.sh            both
 #   bash examples/install.sh eval       and .venv-eval, which has lm-eval and sees what .venv-vllm has
-#   PYTHON=python3.12 bash ...          with another interpreter (default: the newest of 3.11, 3.12)
+#   PYTHON=python3.12 bash ...          with another interpreter (default: 3.11, else 3.12, else python3)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)

@@ -68,8 +68,9 @@ class ModelConfig:
     fp8_recipe: str = "tensorwise"  # tensorwise | delayed | blockwise | mxfp8: how 8-bit scales are chosen
     packing: str = "shared_prompt"  # shared_prompt | pairs | none (padded sequences)
     micro_batch_tokens: int = 4096  # most token positions of a packed microbatch; a longer unit is alone
-    micro_batch_size: int = 4  # pairs per microbatch and data-parallel rank, without packing
-    global_batch_size: int = 64  # pairs per optimizer step
+    # Units: a prompt, its demonstration and the num_generations answers that make its pairs
+    micro_batch_size: int = 4  # units per microbatch and data-parallel rank, without packing
+    global_batch_size: int = 64  # units per optimizer step
     recompute_granularity: str | None = None  # null | selective | full
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])  # | mlp; selective
     recompute_method: str = "uniform"  # uniform: all, some at a time | block: the first of a stage; full
@@ -88,7 +89,8 @@ class GatesConfig:
     """The three gates of an iteration; a tolerance of null turns a gate off."""
 
     ln2_tolerance: float | None = 1e-3  # |first loss - its value at margin 0|; bf16 has rounding added
-    sampler_tolerance: float | None = None  # mean |sampler - Megatron| nats per token; null: by precision
+    # Of responses the mean of |sum of sampler - Megatron| / tokens, in nats; null: by precision
+    sampler_tolerance: float | None = None
     sampler: bool = True
     export: bool = True  # read every export back and compare bit for bit
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -184,8 +185,8 @@ def summarise(sums: dict[str, float]) -> dict[str, float]:
         means["accuracy"] = sums["correct"] / units
     else:
         means["loss"] = sums["loss"] / max(sums["real_tokens"], 1.0)
-    for kind in ("real", "generated"):
-        if f"{kind}_tokens" in sums:
-            tokens = max(sums[f"{kind}_tokens"], 1.0)
-            means[f"policy_{kind}_logps_per_token"] = sums[f"policy_{kind}_logps"] / tokens
+    for player, kind in product(("policy", "opponent"), ("real", "generated")):
+        logps = sums.get(f"{player}_{kind}_logps")
+        if logps is not None:
+            means[f"{player}_{kind}_logps_per_token"] = logps / max(sums[f"{kind}_tokens"], 1.0)
     return means

@@ -9,6 +9,7 @@ from nemo_spin.bridge.families import architecture_of, configuration_of
 from nemo_spin.bridge.families.table import Family
 from nemo_spin.bridge.hf_config import read_architecture
 from nemo_spin.errors import CheckpointError
+from nemo_spin.generation.families import missing_in_vllm
 from nemo_spin.megatron.architecture import Architecture
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth")
@@ -63,7 +64,7 @@ def _described(model: Architecture) -> dict[str, str]:
         f"{model.rope.kind} rotary embedding": not model.learned_positions and model.rope.kind != "default",
         "tied embeddings": model.tie_word_embeddings,
     }
-    limit = model.longest_sequence
+    limit, unsampled = model.longest_sequence, missing_in_vllm(model)
     return {
         "family": f"{model.family} ({model.hf_architecture}), {model.num_layers} layers of "
         f"{model.hidden_size}, {model.num_attention_heads} heads in {model.num_query_groups} groups, "
@@ -73,19 +74,8 @@ def _described(model: Architecture) -> dict[str, str]:
         if model.without_transformer_engine
         else "",
         "limit": f"sequences of {limit[0]} tokens: {limit[1]}" if limit else "",
-        "sampler": _missing_in_vllm(model),
+        "sampler": f"{unsampled}: no generate and evaluate" if unsampled else "",
     }
-
-
-def _missing_in_vllm(model: Architecture) -> str:
-    """What vLLM 0.32 cannot sample of what can be trained here; empty where it can."""
-    if model.family == "gpt_neo":
-        return "vLLM has no GPT-Neo: sft and export only"
-    if model.family == "qwen2" and model.windows and None in model.windows:
-        return "vLLM refuses Qwen2 with windows in some layers only: sft and export only"
-    if model.family == "gpt2" and model.softmax_scale is not None:
-        return "vLLM scales GPT-2's attention although scale_attn_weights is false: sft and export only"
-    return ""
 
 
 def _weights(model_dir: Path, architecture: Architecture) -> str:

@@ -12,6 +12,7 @@ from nemo_spin.data.progress import Progress
 from nemo_spin.evaluate import benchmarks, heldout
 from nemo_spin.evaluate.scorer import load_scorer, scorer_sha256
 from nemo_spin.generation.environment import sampler_python
+from nemo_spin.generation.families import check_sampled
 from nemo_spin.selfplay.inputs import config_inputs
 from nemo_spin.selfplay.launcher import sampler_place
 from nemo_spin.selfplay.results import read_evaluation
@@ -73,8 +74,9 @@ class EvaluateStage(Stage):
         return config_inputs(self.context.config, self.name, EVALUATED_AS)
 
     def check(self) -> None:
-        """There must be an interpreter for the sampler and for benchmarks; the scorer must be importable."""
+        """vLLM must have the model and an interpreter, also for benchmarks; the scorer must be importable."""
         config = self.context.config
+        check_sampled(self.context.theta_0)
         sampler_python(config)
         if config.evaluation.scorer is not None:
             load_scorer(config.evaluation.scorer)

@@ -9,6 +9,7 @@ from typing import Any
 from nemo_spin.data.files import Manifest
 from nemo_spin.data.progress import Progress
 from nemo_spin.generation.environment import sampler_python
+from nemo_spin.generation.families import check_sampled
 from nemo_spin.generation.given import write_given
 from nemo_spin.generation.stage import finish, generate
 from nemo_spin.selfplay.launcher import sampler_place
@@ -39,8 +40,9 @@ class GenerateStage(Stage):
         return self.config.data.use_generations and not self.iteration
 
     def check(self) -> None:
-        """There must be an interpreter for the sampler, where there is something to sample."""
+        """vLLM must have the model and an interpreter, where there is something to sample."""
         if not self.is_given:
+            check_sampled(self.context.theta_0)
             sampler_python(self.context.config)
 
     def settings(self) -> dict[str, Any]:

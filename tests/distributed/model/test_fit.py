@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import tarfile
@@ -148,6 +149,9 @@ def _check_telemetry(train: list[dict[str, Any]], end: dict[str, Any], result: d
     assert sum(line["pairs"] for line in train) == result["pairs"] == EPOCHS * ROWS
     for line in train:
         assert line["margin"] == pytest.approx(line["real_rewards"] - line["generated_rewards"], abs=1e-5)
+        for player, kind in itertools.product(("policy", "opponent"), ("real", "generated")):
+            mean = line[f"{player}_{kind}_logps"] / line[f"{kind}_tokens"]
+            assert line[f"{player}_{kind}_logps_per_token"] == pytest.approx(mean)
         assert line["tokens_per_second"] == pytest.approx(line["useful_tokens"] / line["step_seconds"])
         assert line["peak_share"] is None and line["model_tflops"] > 0  # a CPU
         assert line["data_seconds"] > 0 and line["forward_backward_seconds"] > 0

@@ -25,12 +25,15 @@ from nemo_spin.selfplay import loop
 from nemo_spin.selfplay.run_directory import RunDirectory
 from nemo_spin.selfplay.screen import Screen
 from nemo_spin.selfplay.signals import STOPPED
+from nemo_spin.selfplay.stages.generate import GenerateStage
 from nemo_spin.selfplay.state import read_state
 from nemo_spin.selfplay.status import describe
 from tests import models
+from tests.unit.bridge.checkpoints import make_checkpoint
 from tests.unit.selfplay.conftest import COUNTS, StandIns
 
 STOPPED_BY = (SystemExit(75), PreemptedError("saved after step 3 of 9"))
+CHECK_OF_GENERATE = GenerateStage.check  # which `stand_ins` takes away
 Run = Callable[[Config], str]
 MakeConfig = Callable[..., Config]
 
@@ -440,6 +443,27 @@ class TestBeforeAnythingStarts:
         with pytest.raises(ConfigError, match="does not divide the model's 2 key/value heads"):
             run(make_config(model={"tensor_model_parallel_size": 4}, trainer={"devices": 4}))
         assert not (tmp_path / "run").exists()
+
+    def test_a_model_that_vllm_cannot_sample(
+        self,
+        run: Run,
+        make_config: MakeConfig,
+        stand_ins: StandIns,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        monkeypatch.setattr(GenerateStage, "check", CHECK_OF_GENERATE)
+        model = make_checkpoint(tmp_path / "model", "gpt_neo")
+        models.write_tokenizer(model)
+        with pytest.raises(ConfigError, match=r"model\.path=.*: vLLM has no GPT-Neo"):
+            run(
+                make_config(
+                    model={"path": str(model)},
+                    data={"max_prompt_length": 20, "max_response_length": 20},
+                    generation={"max_tokens": 20},
+                )
+            )
+        assert stand_ins.started == []
 
     def test_a_run_directory_that_is_a_file(self, run: Run, make_config: MakeConfig, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
