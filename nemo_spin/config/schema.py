@@ -223,7 +223,7 @@ class GenerationConfig:
     temperature: Any = 1.0  # evaluations draw as iteration 0 does, for every model
     top_p: Any = 1.0
     top_k: int = 0  # 0: off
-    max_tokens: int = 256
+    max_tokens: int = 256  # answers are cut there, without an end: let most demonstrations be shorter
     stop_token_ids: list[int] = field(default_factory=list)  # besides the model's EOS
     tensor_parallel_size: int = 1
     replicas: int = 1  # samplers at work at the same time, with as many devices each

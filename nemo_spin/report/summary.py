@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from nemo_spin.data.files import Manifest, read_manifest
-from nemo_spin.data.worth_knowing import overlap_note
+from nemo_spin.data.worth_knowing import length_note, overlap_note
 from nemo_spin.report import published
 from nemo_spin.report.benchmarks import benchmark_table
 from nemo_spin.report.histograms import histograms
@@ -70,9 +70,7 @@ def summarise_run(run: RunSource, values: list[PairValues], *, name: str, notes:
         shown = histograms(labelled)
     settings = _settings(run.config_path, notes)
     prepared = _counts(run.data_dir, "prepared data", notes)
-    with notes.instead_of_failing("notes on prepared data"):
-        if note := overlap_note(prepared):
-            notes.add(note)
+    _add_worth_knowing(run, prepared, settings.get("generation.max_tokens"), notes)
     return {
         "name": name,
         "path": str(run.path),
@@ -86,6 +84,16 @@ def summarise_run(run: RunSource, values: list[PairValues], *, name: str, notes:
         "prepared": prepared,
         "provenance": _provenance(run, settings, notes),
     }
+
+
+def _add_worth_knowing(run: RunSource, prepared: Mapping[str, Any], max_tokens: object, notes: Notes) -> None:
+    """What `prepare` said on the screen; plain fine-tuning has no answers to compare with."""
+    with notes.instead_of_failing("notes on prepared data"):
+        said = [overlap_note(prepared)]
+        if isinstance(max_tokens, int) and all(part.iteration is not None for part in run.parts):
+            said.append(length_note(prepared, max_tokens=max_tokens))
+        for note in filter(None, said):
+            notes.add(note)
 
 
 def part_label(part: PartSource) -> str:

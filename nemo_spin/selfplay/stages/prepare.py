@@ -11,6 +11,7 @@ from nemo_spin.data.inputs import prepare_inputs
 from nemo_spin.data.overlong import RowLimit
 from nemo_spin.data.prepare import prepare
 from nemo_spin.data.progress import Progress
+from nemo_spin.data.worth_knowing import length_note
 from nemo_spin.selfplay.stages.stage import Context, Stage
 
 
@@ -53,13 +54,16 @@ class PrepareStage(Stage):
 
     def run(self, progress: Progress) -> None:
         """See `Stage`."""
-        prepare(
+        manifest = prepare(
             self.context.config.data,
             tokenizer_dir=self.context.theta_0,
             out_dir=self.directory,
             row_limit=self._row_limit(),
             progress=progress,
         )
+        note = length_note(manifest.counts, max_tokens=self.context.config.generation.max_tokens)
+        if self._generates and note is not None:
+            progress.note(note)
 
     def _row_limit(self) -> RowLimit | None:
         model, generation = self.context.config.model, self.context.config.generation

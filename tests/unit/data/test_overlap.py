@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from nemo_spin.data.overlap import PromptOverlap, prompt_hashes
-from nemo_spin.data.worth_knowing import overlap_note
 
 
 def count(train: list[str], heldout: list[str]) -> int:
@@ -17,11 +16,3 @@ def test_held_out_rows_are_counted() -> None:
     assert count(["a"], ["b"]) == count([], ["b"]) == count(["a"], []) == count([], []) == 0
     train = [f"prompt {number}" for number in range(1000)]
     assert count(train, [*train[500:], *(f"prompt {number}" for number in range(1000, 1700))]) == 500
-
-
-def test_said_where_there_are_some() -> None:
-    found = overlap_note({"train": {"rows": 9}, "heldout": {"rows": 4000, "also_in_train": 1234}})
-    assert found is not None and found.startswith("heldout: 1,234 of 4,000 prompts are in data.train too")
-    assert overlap_note({"heldout": {"rows": 4, "also_in_train": 0}}) is None
-    assert overlap_note({"train": {"rows": 9}}) is None
-    assert overlap_note({"heldout": {"rows": 4}}) is None  # prepared by an older version

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nemo_spin.data.worth_knowing import overlap_note
+from nemo_spin.data.worth_knowing import length_note, overlap_note
 from nemo_spin.errors import DataError
 from nemo_spin.report.sources import PartSource, RunSource, StageTime
 from nemo_spin.report.write import display_names, write_report
@@ -170,10 +170,13 @@ def test_what_prepared_data_shows_is_said(tmp_path: Path) -> None:
     path = source.data_dir / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["counts"]["heldout"]["also_in_train"] = 3
+    manifest["counts"]["train"]["real_length"] = {"p50": 20, "p90": 90, "p99": 99, "max": 99}
     path.write_text(json.dumps(manifest))
+    with source.config_path.open("a") as stream:
+        stream.write("generation: {max_tokens: 30}\n")
     (run,) = write(tmp_path, source)
-    assert run["notes"] == [overlap_note(manifest["counts"])]
-    assert run["notes"][0].startswith("heldout: 3 of 12 prompts")
+    notes = [overlap_note(manifest["counts"]), length_note(manifest["counts"], max_tokens=30)]
+    assert run["notes"] == notes and None not in notes
 
 
 def test_an_unwritable_place_is_an_error_of_the_user(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from nemo_spin.selfplay.stages.generate import GenerateStage
 from nemo_spin.selfplay.state import read_state
 from nemo_spin.selfplay.status import describe
 from tests import models
+from tests.functional.conftest import TinyData
 from tests.unit.bridge.checkpoints import make_checkpoint
 from tests.unit.selfplay.conftest import COUNTS, StandIns
 
@@ -92,6 +93,19 @@ def test_prepare_says_on_screen_which_rows_exceed_a_microbatch(
     assert "48 may exceed model.micro_batch_tokens" in " ".join(screen.split())
     manifest = read_manifest(directory.data_dir)
     assert manifest is not None and manifest.counts["train"]["overlong"]["certain"] == 48
+
+
+def test_prepare_says_on_screen_what_the_data_shows(
+    run: Run, make_config: MakeConfig, stand_ins: StandIns, tiny_data: TinyData
+) -> None:
+    config = make_config(generation={"max_tokens": 1}, data={"heldout": str(tiny_data.train)})
+    fine_tuning = StringIO()
+    loop.run_sft(config, launcher=stand_ins, screen=Screen(fine_tuning))
+    screens = [" ".join(text.split()) for text in (run(config), fine_tuning.getvalue())]
+    for screen in screens:
+        assert "heldout: 48 of 48 prompts are in data.train too" in screen
+    # Plain fine-tuning has no answers that could be shorter.
+    assert ["longer than generation.max_tokens=1" in screen for screen in screens] == [True, False]
 
 
 def test_the_opponent_is_the_model_before(
