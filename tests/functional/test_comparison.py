@@ -232,16 +232,33 @@ def test_a_run_says_which_rows_are_those_of_an_earlier_one() -> None:
 
 def test_the_main_readme_s_rows_are_those_results() -> None:
     rows = json.loads((EXAMPLE / "results" / "table.json").read_text())["rows"]
+    as_long = "fine-tuning for as many steps as"
+    four = "3 iterations, 4 answers per prompt"
+    arms = {  # in the README's order: what it calls a row, and which it is
+        "quickstart": [
+            ("theta_0", "theta_0", None),
+            ("self-play, three iterations", "self-play", 3),
+            ("self-play with 4 answers per prompt", four, 3),
+            ("fine-tuning", f"{as_long} self-play", None),
+            ("fine-tuning", f"{as_long} {four}", None),
+        ],
+        "a quarter wrong": [
+            ("**a quarter of the demonstrations wrong:** theta_0", "theta_0", None),
+            ("self-play, three iterations", "self-play", 3),
+            ("self-play with 4 answers per prompt", four, 3),
+            ("fine-tuning", f"{as_long} {four}", None),
+            ("fine-tuning at ten times the learning rate", f"{as_long} {four}, lr 1e-3", None),
+        ],
+    }
+    wanted = []
+    for regime, label, arm, last in ((regime, *row) for regime, table in arms.items() for row in table):
+        same = [row for row in rows if (row["regime"], row["arm"], row["iteration"]) == (regime, arm, last)]
+        assert len(same) == 3
+        steps = sum(row["steps"] for row in same) / 3
+        values = [[row["sampled"]["1.0"], row["sampled"]["0.5"], row["greedy"]] for row in same]
+        means = [f"{sum(column) / 3:.3f}" for column in zip(*values, strict=True)]
+        wanted.append([label, f"{steps:.0f}", *means])
     readme = (ROOT / "README.md").read_text()
     section = readme.partition("### Self-play beside fine-tuning")[2].partition("## How it works")[0]
-    lines = [line.split("|")[2:-1] for line in section.splitlines() if line.startswith("|")][2:]
-    assert len(lines) == 10
-    steps_of = {}
-    for regime, arm, last in dict.fromkeys((row["regime"], row["arm"], row["iteration"]) for row in rows):
-        same = [row for row in rows if (row["regime"], row["arm"], row["iteration"]) == (regime, arm, last)]
-        values = [[row["sampled"]["1.0"], row["sampled"]["0.5"], row["greedy"]] for row in same]
-        assert len(same) == 3
-        means = [f"{sum(column) / 3:.3f}" for column in zip(*values, strict=True)]
-        steps_of[f"{sum(row['steps'] for row in same) / 3:.0f}", *means] = arm
-    for line in lines:
-        assert tuple(cell.strip() for cell in line) in steps_of
+    lines = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("|")][2:]
+    assert [[cell.strip() for cell in line] for line in lines] == wanted

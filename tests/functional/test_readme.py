@@ -8,10 +8,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nemo_spin.config.schema import Config
 from nemo_spin.data.files import read_manifest
 from tests.functional.commands import REPOSITORY, VLLM_PYTHON, nemo_spin
 from tests.functional.conftest import TinyData
@@ -108,17 +111,18 @@ def places_of_results() -> list[str]:
 
 
 def test_a_configuration_key_in_the_text_exists() -> None:
-    """Dotted keys between backquotes are known to the schema."""
-    from nemo_spin.config.schema import Config
-
-    sections = {name: field.default_factory for name, field in Config.__dataclass_fields__.items()}
-    for key in re.findall(r"`((?:model|spin|sft|data|generation|trainer|evaluation)\.[a-z_.]+)[`:=]", README):
-        section, *rest = key.split(".")
-        value = sections[section]()  # type: ignore[operator, misc]
-        for name in rest:
-            if name in ("parquet", "json"):
+    """Dotted keys, in the text and in commands, are known to the schema."""
+    sections = [field.name for field in fields(Config) if is_dataclass(getattr(Config(), field.name))]
+    key = rf"(?<![\w./-])(?:{'|'.join(sections)})(?:\.[a-z_0-9]+)+(?![\w(/-])"
+    found = set(re.findall(key, README)) - {"evaluation.json"}  # a file
+    assert {name.partition(".")[0] for name in found} == set(sections)
+    for dotted in found:
+        value: Any = Config()
+        for name in dotted.split("."):
+            if not is_dataclass(value):
+                assert isinstance(value, dict), f"{dotted} is no key"  # whose keys are of other programs
                 break
-            assert hasattr(value, name), f"`{key}` is no key"
+            assert hasattr(value, name), f"{dotted} is no key"
             value = getattr(value, name)
 
 

@@ -6,7 +6,8 @@ The failures themselves: `tests/functional/test_guards.py`; for trainings and sc
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from nemo_spin.selfplay.guards import (
     of_answers,
     of_evaluation,
     of_scores,
+    of_steps,
     of_training,
 )
 from tests.unit.config.test_validate import accepted, refused
@@ -182,12 +184,46 @@ def test_every_guard_has_thresholds() -> None:
     assert all(isinstance(getattr(guards, name), Thresholds) for name in GUARDS) and len(GUARDS) == 14
 
 
-def test_every_guard_is_triggered_by_a_real_failure_somewhere() -> None:
-    tests = Path(__file__).parents[2]
-    real = (
-        "functional/test_guards.py",
-        "distributed/model/test_fit.py",
-        "distributed/selfplay/test_score.py",
-    )
-    text = "".join((tests / name).read_text(encoding="utf-8") for name in real)
-    assert [name for name in (*GUARDS, "not_finite") if f'"{name}"' not in text] == []
+def of_answers_with(**counts: float) -> Callable[[GuardsConfig], list[Finding]]:
+    return lambda guards: of_answers({**FINE, **counts}, {"equal_share": 0.3}, guards)
+
+
+# Guard -> something in which it sees the worst, and no other guard anything.
+FIRES: dict[str, Callable[[GuardsConfig], list[Finding]]] = {
+    **{
+        name: of_answers_with(**{name: 1.0})
+        for name in ("empty_share", "repetitive_share", "duplicate_share")
+    },
+    **{name: of_answers_with(**{name: 0.0}) for name in ("distinct_share", "eos_share")},
+    "cut_share": of_answers_with(cut_share=1.0),
+    "length_drift": of_answers_with(mean_length=1.0),
+    "equal_share": of_answers_with(equal_share=1.0),
+    "equal_fall": of_answers_with(equal_share=0.0),
+    "real_fall": lambda guards: of_steps(ten_steps(fall=5.0), guards),
+    "margin_saturated": lambda guards: of_steps(ten_steps(margin=50.0), guards),
+    "sampler_difference": lambda guards: of_scores({"sampler_difference": 9.0}, guards),
+    "heldout_fall": lambda guards: of_training(
+        {
+            "heldout_policy_real_logps": -24.0,
+            "heldout_policy_real_logps_per_token": -2.0,
+            "heldout_opponent_real_logps": -6.0,
+        },
+        guards,
+    ),
+    "score_drop": lambda guards: of_evaluation(
+        {"greedy": {"score": 0.0}}, {"greedy": {"score": 1.0}}, guards
+    ),
+}
+
+
+def ten_steps(**values: float) -> list[dict[str, Any]]:
+    return [step(number, **{"fall": 0.0, **values}) | {"split": "train"} for number in range(10)]
+
+
+@pytest.mark.parametrize("name", GUARDS)
+def test_every_guard_fires_by_its_own_thresholds(name: str) -> None:
+    assert {entry.guard for entry in FIRES[name](GuardsConfig())} == {name}
+    for level, thresholds in ((WARN, Thresholds(warn=0.1)), (STOP, Thresholds(stop=0.1))):
+        (finding,) = FIRES[name](replace(GuardsConfig(), **{name: thresholds}))
+        assert (finding.level, finding.threshold) == (level, 0.1)
+    assert FIRES[name](replace(GuardsConfig(), **{name: Thresholds()})) == []
