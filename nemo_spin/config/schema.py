@@ -157,7 +157,9 @@ class SelfplayConfig:
     """When the loop ends before its time, and which model it keeps."""
 
     stop: bool = True  # false: guards only warn (not-a-number always stops)
-    keep: str = "best"  # best (by held-out score, else held-out real log-probability) | last
+    # best: by the score of sampled held-out answers alone; by that of greedy ones where none are sampled
+    # (evaluation.sampled=false); by held-out real log-probability where nothing is scored | last
+    keep: str = "best"
     guards: GuardsConfig = field(default_factory=GuardsConfig)
 
 

@@ -30,7 +30,7 @@ from nemo_spin.selfplay import state as states
 from nemo_spin.selfplay.faults import worth_another_try
 from nemo_spin.selfplay.guarding import after_failure, described, error_of, findings_of, record
 from nemo_spin.selfplay.inputs import config_differences
-from nemo_spin.selfplay.keep import Candidate, keep_model
+from nemo_spin.selfplay.keep import Candidate, candidates, describe_scores, keep_model
 from nemo_spin.selfplay.launcher import Launcher
 from nemo_spin.selfplay.lock import locked
 from nemo_spin.selfplay.preflight import check_model, find_model
@@ -322,10 +322,13 @@ class Session:
         return keep_model(self.context.run, self.context.theta_0, self.context.config.selfplay.keep)
 
     def show_kept(self) -> None:
-        """Says which model that is, and where."""
+        """Says which model that is, where, and how it scores."""
         chosen, what = self.keep()
         path = self.context.run.kept
         self._screen.show(f"  kept: {chosen.name} ({self.context.config.selfplay.keep}: {what}), {path}")
+        scores = describe_scores(chosen, candidates(self.context.run, self.context.theta_0))
+        if scores is not None:
+            self._screen.show(f"  its held-out scores: {scores}")
 
     def refresh_report(self) -> None:
         """Writes report.html anew; a failure is a warning."""

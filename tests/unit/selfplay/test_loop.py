@@ -553,7 +553,9 @@ def test_a_guard_ends_the_loop_and_the_best_model_is_kept(
     assert stand_ins.started == []
     screen = run(make_config(selfplay={"stop": False}))
     assert stand_ins.started == ALL[6:]
-    assert "kept: theta_0 (best: held-out score (sampled))" in " ".join(screen.split())
+    words = " ".join(screen.split())
+    assert "kept: theta_0 (best: held-out score (sampled))" in words
+    assert "its held-out scores: sampled 0.500, greedy 0.750" in words
 
 
 def test_a_guard_in_training_ends_the_loop(
