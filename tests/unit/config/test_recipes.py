@@ -181,7 +181,7 @@ def test_a_recipe_fits_the_gpus_it_was_planned_for(recipe: str, tmp_path: Path) 
     assert chosen.fits and chosen.memory.total <= usable
     assert made.scoring.total <= usable
     assert (made.sampling.replicas, made.sampling.sampler.tensor) == (
-        1,
+        config.generation.replicas,
         config.generation.tensor_parallel_size,
     )
     assert made.sampling.answers >= 1
