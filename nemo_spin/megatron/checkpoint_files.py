@@ -25,6 +25,7 @@ RECORD_NAME = "files.json"
 _NAME = re.compile(r"step-(\d{8})$")
 _PARTIAL = ".partial"
 _DAMAGED = ".damaged"
+_LACKING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # other errors are the storage's
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -105,12 +106,25 @@ def damage(path: Path, *, part: int = 0, parts: int = 1) -> str | None:
     Args:
         path: The checkpoint.
         part, parts: Which share of the files to read, for ranks that share the work.
+
+    Raises:
+        DataError: The storage does not give what it has; the checkpoint may be sound.
     """
+    try:
+        return _difference(path, part=part, parts=parts)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or path}: could not be read ({error.strerror or error}); look at the file "
+            "system, on all nodes; the same command goes on where it was"
+        ) from error
+
+
+def _difference(path: Path, *, part: int, parts: int) -> str | None:
     record = path / RECORD_NAME
     try:
         files = json.loads(record.read_text(encoding="utf-8"))["files"]
         entries = [(name, entry["size"], entry["sha256"]) for name, entry in sorted(files.items())]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*_LACKING, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{record.name} cannot be read ({type(error).__name__})"
     for name, size, sha256 in entries[part::parts]:
         try:
@@ -119,8 +133,8 @@ def damage(path: Path, *, part: int = 0, parts: int = 1) -> str | None:
                 return f"{name} has {found} bytes, and had {size}"
             if sha256_file(path / name) != sha256:
                 return f"{name} has other bytes than were written"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror or error})"
+        except _LACKING as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
@@ -146,7 +160,7 @@ def newest_whole_checkpoint(directory: Path, *, runtime: Runtime, note: Callable
         if path is None:
             return None
         found: list[Any] = [None] * runtime.world_size
-        distributed.all_gather_object(found, damage(path, part=runtime.rank, parts=runtime.world_size))
+        distributed.all_gather_object(found, _damage_of_own_share(path, runtime))
         wrong = next((message for message in found if message is not None), None)
         if wrong is None:
             return path
@@ -157,6 +171,12 @@ def newest_whole_checkpoint(directory: Path, *, runtime: Runtime, note: Callable
                     f"{path.name} is damaged ({wrong}); it is now {aside.name}, and the training "
                     "goes on from the checkpoint before it"
                 )
+
+
+def _damage_of_own_share(path: Path, runtime: Runtime) -> str | None:
+    """What is wrong with this rank's share. All ranks must call, and raise what one of them raises."""
+    with first_rank_writes(runtime):
+        return damage(path, part=runtime.rank, parts=runtime.world_size)
 
 
 def _set_aside(path: Path) -> Path:

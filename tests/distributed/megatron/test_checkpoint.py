@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ import pytest
 import torch
 
 from nemo_spin.config.schema import OptimConfig
+from nemo_spin.errors import DataError
+from nemo_spin.megatron.checkpoint_files import checkpoint_path, write_record
 from tests.distributed import reference
 from tests.distributed.harness import run_ranks
 from tests.distributed.megatron.test_engine import _engine
@@ -125,6 +130,37 @@ def test_only_the_newest_are_kept_and_an_unfinished_one_is_not_seen(tmp_path: Pa
     directory = tmp_path / "checkpoints"
     (directory / "step-00000020.partial").mkdir(parents=True)  # as a kill in the middle of saving leaves it
     assert run_ranks(_save_many, 1, model_dir, directory) == ["step-00000010", "step-00000015"]
+
+
+def _newest_where_rank_1_cannot_read(directory: Path) -> list[str]:
+    """What every rank raises; a stand-in for a storage client that was evicted, by its error alone."""
+    from unittest import mock
+
+    from nemo_spin.megatron import checkpoint_files
+    from nemo_spin.megatron.runtime import initialize
+
+    runtime = initialize(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, seed=1, timeout_s=60)
+    evicted = OSError(errno.EIO, os.strerror(errno.EIO))
+    broken = mock.patch.object(checkpoint_files, "sha256_file", side_effect=evicted)
+    with broken if runtime.rank == 1 else contextlib.nullcontext():
+        try:
+            checkpoint_files.newest_whole_checkpoint(directory, runtime=runtime, note=lambda _: None)
+        except DataError as error:
+            raised = str(error)
+    gathered = [""] * runtime.world_size
+    torch.distributed.all_gather_object(gathered, raised)
+    return gathered
+
+
+def test_a_checkpoint_that_one_rank_cannot_read_stays_and_ends_all(tmp_path: Path) -> None:
+    checkpoint = checkpoint_path(tmp_path, 3)
+    checkpoint.mkdir()
+    for name in ("a", "b"):
+        (checkpoint / name).touch()
+    write_record(checkpoint, {})
+    messages = run_ranks(_newest_where_rank_1_cannot_read, 2, tmp_path)
+    assert all("could not be read (Input/output error)" in message for message in messages)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
 
 
 def _load_damaged(model_dir: Path, path: Path) -> str:

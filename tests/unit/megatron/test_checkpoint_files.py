@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_spin.data.files import read_manifest, sha256_file, verify_manifest, write_manifest
 from nemo_spin.errors import DataError
-from nemo_spin.megatron.checkpoint_files import RECORD_NAME, checkpoint_path, recorded_hashes, write_record
+from nemo_spin.megatron.checkpoint_files import (
+    RECORD_NAME,
+    checkpoint_path,
+    damage,
+    recorded_hashes,
+    write_record,
+)
 
 
 @pytest.fixture
@@ -58,6 +67,35 @@ def test_without_a_record_nothing_is_known(tmp_path: Path, checkpoint: Path, con
     else:
         (checkpoint / RECORD_NAME).write_text(content)
     assert recorded_hashes(checkpoint, under=tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["__1_0.distcp", RECORD_NAME])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
+def test_a_storage_that_does_not_answer_is_no_damage(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """Stands in for a file system whose server is away: opening a file gives its error."""
+    opened = Path.open
+
+    def away(path: Path, *arguments: Any, **keywords: Any) -> Any:
+        if path.name == name:
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "open", away)
+    with pytest.raises(DataError) as caught:
+        damage(checkpoint)
+    assert f"{checkpoint / name}: could not be read ({os.strerror(number)})" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["__1_0.distcp", RECORD_NAME])
+def test_what_is_missing_is_damage(checkpoint: Path, name: str) -> None:
+    assert damage(checkpoint) is None
+    (checkpoint / name).unlink()
+    assert damage(checkpoint, part=0, parts=2) == (
+        None if name != RECORD_NAME else "files.json cannot be read (FileNotFoundError)"
+    ), "the other rank's file"
+    assert "cannot be read" in str(damage(checkpoint, part=1, parts=2))
 
 
 def test_the_record_has_sizes_and_hashes(checkpoint: Path) -> None:
