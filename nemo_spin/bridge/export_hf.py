@@ -18,7 +18,6 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, distributed, nn
 
-from nemo_spin.bridge.agreement import from_first_rank, merged, together
 from nemo_spin.bridge.checkpoint_files import Checkpoint, open_model
 from nemo_spin.bridge.companions import copy_companions
 from nemo_spin.bridge.export_files import (
@@ -48,6 +47,7 @@ from nemo_spin.bridge.writer import BlockWriter
 from nemo_spin.data.files import Manifest, atomic_directory, sha256_files, write_manifest
 from nemo_spin.data.progress import Progress
 from nemo_spin.errors import ExportError, explain
+from nemo_spin.megatron.agreement import from_first_rank, merged, together
 from nemo_spin.megatron.architecture import Architecture
 
 
@@ -103,8 +103,6 @@ def export_weights(
     with contextlib.ExitStack() as stack:  # on rank 0 it holds the unfinished directory
 
         def begin() -> Path:
-            if not is_first:
-                return out_dir  # told below where to write
             with storage_errors(out_dir):
                 directory = stack.enter_context(atomic_directory(out_dir))
                 create_files(plan, directory)
@@ -131,7 +129,7 @@ def export_weights(
             with storage_errors(out_dir):
                 return _hashes_of_own_share(plan, directory)
 
-        directory = from_first_rank(together(begin))
+        directory = from_first_rank(begin)
         together(write)
         hashes = merged(together(hash_files))
         if gate is not None:

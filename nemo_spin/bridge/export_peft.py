@@ -18,7 +18,6 @@ import torch
 from megatron.core import parallel_state
 from torch import distributed, nn
 
-from nemo_spin.bridge.agreement import from_first_rank, together
 from nemo_spin.bridge.checkpoint_files import Checkpoint
 from nemo_spin.bridge.export_files import ExportPlan, WeightFile, create_files, files_in
 from nemo_spin.bridge.export_hf import compare_placed, storage_errors, write_placed
@@ -36,6 +35,7 @@ from nemo_spin.bridge.safetensors_format import damaged, layout, read_header
 from nemo_spin.config.schema import LoraConfig
 from nemo_spin.data.files import Manifest, atomic_directory, write_manifest
 from nemo_spin.data.progress import SilentProgress
+from nemo_spin.megatron.agreement import from_first_rank, together
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.lora import Adapters, all_adapters
 
@@ -157,8 +157,6 @@ def export_adapter(
     with contextlib.ExitStack() as stack:
 
         def begin() -> Path:
-            if not is_first:
-                return out_dir  # told below where to write
             with storage_errors(out_dir):
                 directory = stack.enter_context(atomic_directory(out_dir))
                 create_files(plan, directory)
@@ -183,7 +181,7 @@ def export_adapter(
                     directory, stage="export", files=files_in(directory), inputs=inputs, counts=counts
                 )
 
-        directory = from_first_rank(together(begin))
+        directory = from_first_rank(begin)
         together(write)
         together(compare)
         manifest = together(finish)

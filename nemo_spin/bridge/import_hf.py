@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nemo_spin.bridge.agreement import together
 from nemo_spin.bridge.checkpoint_files import Checkpoint, all_finite, open_model
 from nemo_spin.bridge.mappings import Piece
 from nemo_spin.bridge.placement import Placed, bits_to_tensor, place, row_blocks, view
 from nemo_spin.bridge.replicas import hand_round, own_share
 from nemo_spin.bridge.safetensors_format import ITEM_SIZES, damaged
+from nemo_spin.megatron.agreement import together
 from nemo_spin.megatron.architecture import Architecture
 
 _READERS = 2  # threads, each with a block: one reads while another looks for NaN and copies

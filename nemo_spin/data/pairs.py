@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +14,7 @@ from nemo_spin.data.columns import PREPARED, PREPARED_GIVEN, SCORED
 from nemo_spin.errors import DataError, explain
 
 _ROW_KEY = ("iteration", "id", "sample")
+Listing = Callable[[Path, str], list[Path]]
 
 
 def read_prepared(path: Path) -> pa.Table:
@@ -53,13 +54,21 @@ def shard_paths(directory: Path, split: str) -> list[Path]:
     return sorted(directory.glob(f"{split}-*.parquet"))
 
 
-def iter_shards(directory: Path, split: str, *, schema: pa.Schema) -> Iterator[pa.Table]:
+def iter_shards(
+    directory: Path, split: str, *, schema: pa.Schema, listing: Listing = shard_paths
+) -> Iterator[pa.Table]:
     """Yields the shards of `split`, each with exactly the columns of `schema`.
+
+    Args:
+        directory: A stage's directory.
+        split: `train` or `heldout`.
+        schema: The columns.
+        listing: Names the shards. Ranks that read the same rows pass one by which they agree.
 
     Raises:
         DataError: There is none, or one cannot be read.
     """
-    paths = shard_paths(directory, split)
+    paths = listing(directory, split)
     if not paths:
         raise DataError(
             explain(
@@ -73,7 +82,7 @@ def iter_shards(directory: Path, split: str, *, schema: pa.Schema) -> Iterator[p
         yield _read(path, schema)
 
 
-def training_rows(scored_dir: Path, split: str) -> pa.Table:
+def training_rows(scored_dir: Path, split: str, *, listing: Listing = shard_paths) -> pa.Table:
     """All scored rows of a split, sorted by iteration, id and sample.
 
     The result is the same however the rows were spread over files.
@@ -81,6 +90,7 @@ def training_rows(scored_dir: Path, split: str) -> pa.Table:
     Args:
         scored_dir: An iteration's `scored` directory.
         split: `train` or `heldout`.
+        listing: See `iter_shards`.
 
     Returns:
         A table with the columns of `columns.SCORED`.
@@ -88,7 +98,7 @@ def training_rows(scored_dir: Path, split: str) -> pa.Table:
     Raises:
         DataError: There is no scored file, one cannot be read, or a row is there twice.
     """
-    table = pa.concat_tables(iter_shards(scored_dir, split, schema=SCORED))
+    table = pa.concat_tables(iter_shards(scored_dir, split, schema=SCORED, listing=listing))
     order = pc.sort_indices(table.select(_ROW_KEY), sort_keys=[(name, "ascending") for name in _ROW_KEY])
     table = table.take(order)
     _check_unique(table, scored_dir, split)
@@ -119,19 +129,24 @@ def without_identical(rows: pa.Table) -> pa.Table:
     return rows.filter(pa.array(differ, pa.bool_()))
 
 
-def with_base(rows: pa.Table, directories: Sequence[Path], split: str) -> pa.Table:
+def with_base(
+    rows: pa.Table, directories: Sequence[Path], split: str, *, listing: Listing = shard_paths
+) -> pa.Table:
     """Adds theta_0's log-probabilities: columns `base_real_logps` and `base_generated_logps`.
 
     Args:
         rows: Scored rows of a split.
         directories: Hold the same rows, and maybe others, with theta_0 as the opponent.
         split: `train` or `heldout`.
+        listing: See `iter_shards`.
 
     Raises:
         DataError: As `iter_shards`, or a row is not there.
     """
     base = pa.concat_tables(
-        shard for directory in directories for shard in iter_shards(directory, split, schema=SCORED)
+        shard
+        for directory in directories
+        for shard in iter_shards(directory, split, schema=SCORED, listing=listing)
     )
     found = pc.index_in(_key(rows), _key(base))
     if found.null_count:

@@ -19,6 +19,7 @@ from torch import distributed
 
 from nemo_spin.data.files import sha256_file, write_json
 from nemo_spin.errors import DataError
+from nemo_spin.megatron.agreement import from_first_rank
 from nemo_spin.megatron.runtime import Runtime, first_rank_writes
 
 RECORD_NAME = "files.json"
@@ -152,13 +153,12 @@ def newest_whole_checkpoint(directory: Path, *, runtime: Runtime, note: Callable
     Returns:
         Its path, the same on all ranks; None where there is none.
     """
-    with first_rank_writes(runtime) as writes:
-        if writes:
-            remove_unfinished(directory)
-    while True:
-        path = latest_checkpoint(directory)
-        if path is None:
-            return None
+
+    def newest_first() -> list[Path]:
+        remove_unfinished(directory)
+        return list_checkpoints(directory)[::-1]
+
+    for path in from_first_rank(newest_first):
         found: list[Any] = [None] * runtime.world_size
         distributed.all_gather_object(found, _damage_of_own_share(path, runtime))
         wrong = next((message for message in found if message is not None), None)
@@ -171,6 +171,7 @@ def newest_whole_checkpoint(directory: Path, *, runtime: Runtime, note: Callable
                     f"{path.name} is damaged ({wrong}); it is now {aside.name}, and the training "
                     "goes on from the checkpoint before it"
                 )
+    return None
 
 
 def _damage_of_own_share(path: Path, runtime: Runtime) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from nemo_spin.megatron.agreement import from_first_rank
 from nemo_spin.megatron.checkpoint import CheckpointWriter
 from nemo_spin.megatron.checkpoint_files import checkpoint_path, latest_checkpoint
 from nemo_spin.model.preemption import Preemption
@@ -58,10 +60,13 @@ class SaveCheckpoints(Callback):
         self.save_last(trainer)
 
     def save_last(self, trainer: Trainer) -> Path:
-        """Makes sure the last step has a checkpoint that is complete; returns its path."""
+        """Makes sure the last step has a checkpoint that is complete; returns its path.
+
+        All ranks must call.
+        """
         self._writer.wait()
         path = checkpoint_path(self._directory, trainer.global_step)
-        if latest_checkpoint(self._directory) != path:
+        if from_first_rank(partial(latest_checkpoint, self._directory)) != path:
             trainer.save_checkpoint(path)
             self._writer.wait()
         return path

@@ -14,6 +14,7 @@ from torch import distributed
 
 from nemo_spin.data.files import atomic_path
 from nemo_spin.errors import CheckpointError, error_from_name, explain
+from nemo_spin.megatron.agreement import from_first_rank
 
 
 def pack(directory: Path, archive: Path) -> None:
@@ -72,7 +73,7 @@ def unpacked(source: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: The archive is refused, on all ranks.
     """
-    if source.is_dir():
+    if from_first_rank(source.is_dir):
         yield source
         return
     world_size = distributed.get_world_size()

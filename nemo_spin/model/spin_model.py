@@ -22,8 +22,16 @@ from torch.utils.data import DataLoader, Dataset
 from nemo_spin.bridge.families import architecture_of
 from nemo_spin.bridge.import_hf import load_weights
 from nemo_spin.data.datasets import PAIRS, REAL_ONLY, Batches, Units
-from nemo_spin.data.pairs import has_rows, prepared_rows, training_rows, with_base, without_identical
+from nemo_spin.data.pairs import (
+    has_rows,
+    prepared_rows,
+    shard_paths,
+    training_rows,
+    with_base,
+    without_identical,
+)
 from nemo_spin.errors import GateError, explain
+from nemo_spin.megatron.agreement import from_first_rank
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.engine import Engine, layout_of
 from nemo_spin.megatron.forward_step import SFT_SUMS, SPIN_SUMS, LossFunction, sft_loss, spin_loss, summarise
@@ -48,6 +56,11 @@ from nemo_spin.objective.objective import Objective, build_objective
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 _EVALUATION_UNITS = 256  # per data-parallel rank and schedule call, for held-out rows
+
+
+def _agreed_shards(directory: Path, split: str) -> list[Path]:
+    """The shards that the first rank sees. All ranks must call."""
+    return from_first_rank(partial(shard_paths, directory, split))
 
 
 class _Steps(Dataset[int]):
@@ -101,14 +114,15 @@ class MegatronGPTSPINModel(ModelPT):
     # Data
 
     def setup_training_data(self, train_data_config: Any) -> None:
-        """Reads the training rows; one Lightning batch is one optimizer step."""
+        """Reads the training rows; one Lightning batch is one optimizer step. All ranks must call."""
         self._units = self._read(train_data_config["split"])
         self._train_dl: Any = DataLoader(_Steps(self.num_steps), batch_size=None)
 
     def setup_validation_data(self, val_data_config: Any) -> None:
-        """Reads the held-out rows, where there are any; they are one Lightning batch."""
+        """Reads the held-out rows, where there are any; they are one Lightning batch. All ranks must call."""
         rows, split = self.job.rows, val_data_config["split"]
-        units = self._read(split) if rows is not None and has_rows(rows, split) else None
+        is_there = rows is not None and from_first_rank(partial(has_rows, rows, split))
+        units = self._read(split) if is_there else None
         self._heldout = units if units is not None and units.num_units else None
         self._validation_dl: Any = DataLoader(_Steps(1), batch_size=None)
 
@@ -116,13 +130,14 @@ class MegatronGPTSPINModel(ModelPT):
         assert self.job.rows is not None, "a model without rows has no data"
         if self.job.objective == "sft":
             return Units(prepared_rows(self.job.rows, split), REAL_ONLY)
-        rows = training_rows(self.job.rows, split)
+        rows = training_rows(self.job.rows, split, listing=_agreed_shards)
         if split == "train" and not self._objective.identical_count:
             differing = without_identical(rows)
             self.identical_pairs = rows.num_rows - differing.num_rows
             rows = differing
         if self.job.base:
-            rows = with_base(rows, [Path(directory) for directory in self.job.base], split)
+            base = [Path(directory) for directory in self.job.base]
+            rows = with_base(rows, base, split, listing=_agreed_shards)
         return Units(rows, PAIRS)
 
     @property

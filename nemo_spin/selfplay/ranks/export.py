@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from nemo_spin.bridge.export_hf import export_weights, source_dtype, verify_export
 from nemo_spin.bridge.import_hf import load_weights
 from nemo_spin.data.files import write_manifest
 from nemo_spin.errors import CheckpointError, explain
+from nemo_spin.megatron.agreement import from_first_rank
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.checkpoint import load_checkpoint, save_checkpoint
 from nemo_spin.megatron.checkpoint_files import checkpoint_path, latest_checkpoint, recorded_hashes
@@ -30,7 +32,7 @@ def export(context: StageContext) -> None:
         ExportError: The directory could not be written, or differs when read back.
     """
     here = context.here
-    checkpoint = latest_checkpoint(here.train / "checkpoints")
+    checkpoint = from_first_rank(partial(latest_checkpoint, here.train / "checkpoints"))
     if checkpoint is None:
         raise CheckpointError(
             explain(
@@ -72,7 +74,7 @@ def export_checkpoint(context: StageContext) -> None:
     assert settings.checkpoint is not None, "there is a checkpoint to export"
     engine, architecture = context.build_engine(source)
     checkpoint = Path(settings.checkpoint).expanduser()
-    load_checkpoint(engine, latest_checkpoint(checkpoint) or checkpoint)
+    load_checkpoint(engine, from_first_rank(partial(latest_checkpoint, checkpoint)) or checkpoint)
     output = Path(settings.output).expanduser()
     export_weights(
         engine.chunks,

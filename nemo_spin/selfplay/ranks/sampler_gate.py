@@ -10,6 +10,8 @@ from nemo_spin.errors import GateError, explain
 from nemo_spin.generation.canary import TOLERANCES
 from nemo_spin.selfplay.ranks.context import StageContext
 
+GATE_COLUMNS = ("iteration", "num_sampler_tokens", "sampler_logps", "opponent_generated_logps")
+
 
 class SamplerGate:
     """Compares the sampler's log-probabilities of its own answers with Megatron's.
@@ -27,7 +29,11 @@ class SamplerGate:
         self._differences: list[np.ndarray] = []
 
     def add(self, table: pa.Table) -> None:
-        """Takes the answers of this iteration's opponent; earlier ones had other weights."""
+        """Takes the answers of this iteration's opponent; earlier ones had other weights.
+
+        Args:
+            table: Scored rows, of which `GATE_COLUMNS` are looked at.
+        """
         mine = table.filter(pc.equal(table["iteration"], self._iteration))
         mine = mine.filter(pc.greater(mine["num_sampler_tokens"], 0))  # others came with the data
         tokens = mine["num_sampler_tokens"].to_numpy()

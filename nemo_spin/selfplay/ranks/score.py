@@ -7,7 +7,7 @@ held in memory later.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,10 +18,11 @@ from nemo_spin.bridge.import_hf import load_weights
 from nemo_spin.data.columns import SCORED
 from nemo_spin.data.datasets import Units
 from nemo_spin.data.files import atomic_path, remove_partials, write_json, write_manifest
+from nemo_spin.megatron.agreement import from_first_rank
 from nemo_spin.megatron.engine import Engine
 from nemo_spin.megatron.runtime import first_rank_writes
 from nemo_spin.selfplay.ranks.context import StageContext
-from nemo_spin.selfplay.ranks.sampler_gate import SamplerGate
+from nemo_spin.selfplay.ranks.sampler_gate import GATE_COLUMNS, SamplerGate
 from nemo_spin.selfplay.ranks.score_metrics import (
     FORWARD,
     METRICS_NAME,
@@ -45,9 +46,9 @@ def score(context: StageContext) -> None:
         context.here.opponent,
         lambda chunks, architecture: load_weights(chunks, context.here.opponent, architecture),
     )
-    scored, based = sources(context), base_sources(context)
-    _start(context)
-    gate, metrics = SamplerGate(context), ScoreMetrics(context, engine, architecture)
+    scored, based = from_first_rank(lambda: (sources(context), base_sources(context)))
+    missing = from_first_rank(lambda: _start(context, [source.name for source in [*scored, *based]]))
+    metrics = ScoreMetrics(context, engine, architecture)
     context.phase("scoring")
     metrics.begin()
     total = sum(source.num_rows for source in [*scored, *based])
@@ -56,44 +57,52 @@ def score(context: StageContext) -> None:
         if based and source is based[0]:  # the opponent has scored everything: now theta_0, in its place
             theta_0 = context.run.iteration(0).opponent
             load_weights(engine.chunks, theta_0, architecture)
-        target = context.here.scored / source.name
-        if not target.exists():
+        if source.name in missing:
             units = _score_shard(context, engine, source, report=partial(_report, context, done, total))
             metrics.finished(source.name, units)
         done += source.num_rows
-        if source in scored:
-            gate.add(pq.read_table(target, partitioning=None))
         context.progress.update(done, total, "pair")
     context.phase("closing")
+    with first_rank_writes(context.runtime) as writes:
+        if writes:
+            _close(context, scored, based)
+
+
+def _start(context: StageContext, names: Sequence[str]) -> set[str]:
+    """Shards of an unfinished scoring are kept only if they were made from the same inputs.
+
+    Returns:
+        Those of the files `names` that are not there.
+    """
+    directory = context.here.scored
+    context.here.base.mkdir(parents=True, exist_ok=True)
+    remove_partials(directory)
+    request = directory / "request.json"
+    text = request.read_text(encoding="utf-8") if request.exists() else None
+    write_json(request, context.inputs)
+    if text != request.read_text(encoding="utf-8"):
+        for path in [*directory.rglob("*.parquet"), *directory.glob(METRICS_NAME)]:
+            path.unlink()
+    return {name for name in names if not (directory / name).exists()}
+
+
+def _close(context: StageContext, scored: Sequence[Source], based: Sequence[Source]) -> None:
+    """The sampler gate and, if it lets everything pass, the manifest; the first rank calls."""
+    directory, gate = context.here.scored, SamplerGate(context)
+    for source in scored:
+        gate.add(pq.read_table(directory / source.name, columns=list(GATE_COLUMNS), partitioning=None))
     gate.check()
-    with first_rank_writes(context.runtime) as writes:
-        if writes:
-            write_manifest(
-                context.here.scored,
-                stage="score",
-                files=[source.name for source in [*scored, *based]],
-                inputs=context.inputs,
-                counts={
-                    "pairs": sum(source.num_rows for source in scored),
-                    **gate.counts(),
-                    **score_summary(context.here.scored / METRICS_NAME),
-                },
-            )
-
-
-def _start(context: StageContext) -> None:
-    """Shards of an unfinished scoring are kept only if they were made from the same inputs."""
-    with first_rank_writes(context.runtime) as writes:
-        if writes:
-            directory = context.here.scored
-            context.here.base.mkdir(parents=True, exist_ok=True)
-            remove_partials(directory)
-            request = directory / "request.json"
-            text = request.read_text(encoding="utf-8") if request.exists() else None
-            write_json(request, context.inputs)
-            if text != request.read_text(encoding="utf-8"):
-                for path in [*directory.rglob("*.parquet"), *directory.glob(METRICS_NAME)]:
-                    path.unlink()
+    write_manifest(
+        directory,
+        stage="score",
+        files=[source.name for source in [*scored, *based]],
+        inputs=context.inputs,
+        counts={
+            "pairs": sum(source.num_rows for source in scored),
+            **gate.counts(),
+            **score_summary(directory / METRICS_NAME),
+        },
+    )
 
 
 def _report(context: StageContext, before: int, total: int, done: int) -> None:

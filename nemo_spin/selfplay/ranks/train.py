@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from nemo_spin.config.iterations import at_iteration, mixed_iterations
 from nemo_spin.config.schema import SpinConfig
 from nemo_spin.data.files import read_manifest, write_manifest
 from nemo_spin.errors import CheckpointError, explain
+from nemo_spin.megatron.agreement import from_first_rank
 from nemo_spin.megatron.checkpoint_files import latest_checkpoint, recorded_hashes
 from nemo_spin.megatron.runtime import first_rank_writes
 from nemo_spin.selfplay.guarding import TrainingWatch
@@ -60,13 +62,15 @@ def _with_scoring(counts: dict[str, Any], scored: Path) -> dict[str, Any]:
 def _carried(context: StageContext) -> Path | None:
     """The checkpoint whose optimizer state this iteration starts with; None for none.
 
+    All ranks must call.
+
     Raises:
         CheckpointError: The iteration before has left none.
     """
     if not context.config.model.optim.carry_over or not context.iteration:
         return None
     directory = context.run.iteration(context.iteration - 1).train / "checkpoints"
-    last = latest_checkpoint(directory)
+    last = from_first_rank(partial(latest_checkpoint, directory))
     if last is None:
         raise CheckpointError(
             explain(

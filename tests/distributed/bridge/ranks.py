@@ -248,26 +248,6 @@ def export_without_room(tp_size: int, source: Path, target: Path, failing_rank: 
     return _outcomes(export)
 
 
-def together_with_failures(world_size: int, failing: dict[int, str]) -> list[tuple[str, str]]:
-    """What every rank gets from a step that fails on some."""
-    import torch
-
-    from nemo_spin.bridge.agreement import together
-    from nemo_spin.errors import DataError
-    from nemo_spin.megatron import provider, runtime  # noqa: F401 (imports before the backend is installed)
-
-    runtime.initialize(
-        tensor_model_parallel_size=world_size, pipeline_model_parallel_size=1, seed=1, timeout_s=60
-    )
-
-    def step() -> None:
-        message = failing.get(torch.distributed.get_rank())
-        if message is not None:
-            raise DataError(message)
-
-    return _outcomes(lambda: together(step))
-
-
 def _outcomes(action: Any) -> list[tuple[str, str]]:
     """(type, message) of what `action` raised on every rank; ("", "") where it did not."""
     import torch

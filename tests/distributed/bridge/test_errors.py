@@ -15,19 +15,6 @@ from tests.unit.bridge.checkpoints import edit_config, make_checkpoint
 LAST_LAYER = "model.layers.1.mlp.down_proj.weight"
 
 
-@pytest.mark.parametrize("failing", [{0: "zero"}, {1: "one"}, {0: "zero", 1: "one"}], ids=str)
-def test_all_ranks_raise_what_one_raised(failing: dict[int, str]) -> None:
-    outcomes = run_ranks(ranks.together_with_failures, 2, 2, failing)
-    assert [kind for kind, _ in outcomes] == ["DataError", "DataError"]
-    for rank, (_, message) in enumerate(outcomes):
-        expected = failing.get(rank, next(iter(failing.values())))
-        assert message.startswith(expected)
-
-
-def test_nothing_is_raised_where_nothing_failed() -> None:
-    assert run_ranks(ranks.together_with_failures, 2, 2, {}) == [("", ""), ("", "")]
-
-
 @pytest.mark.parametrize("failing_rank", [0, 1])
 def test_a_full_disk_ends_all_ranks_and_spares_the_earlier_export(tmp_path: Path, failing_rank: int) -> None:
     source = make_checkpoint(tmp_path / "source")

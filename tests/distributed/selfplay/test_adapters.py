@@ -22,6 +22,7 @@ from nemo_spin.data.pairs import training_rows
 from tests import prepared
 from tests.distributed import reference
 from tests.distributed.harness import run_ranks
+from tests.distributed.old_listings import only_rank_0_sees
 
 RANK, ALPHA, BETA = 4, 12.0, 0.5
 TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -30,7 +31,7 @@ REPLICAS: dict[str, Any] = {}  # the optimizer is sharded
 
 
 def _stage(name: str, config: Config, run_dir: Path, iteration: int) -> None:
-    """Runs in every rank, as `selfplay/worker.py` does."""
+    """Runs in every rank, as `selfplay/worker.py` does; what the stage before left only rank 0 sees."""
     import importlib
 
     from nemo_spin.data.progress import SilentProgress
@@ -47,7 +48,8 @@ def _stage(name: str, config: Config, run_dir: Path, iteration: int) -> None:
     )
     module, _, function = STAGES[name].partition(":")
     context = StageContext(config, RunDirectory(run_dir), iteration, runtime, SilentProgress(), {})
-    getattr(importlib.import_module(module), function)(context)
+    with only_rank_0_sees("*-*.parquet", "step-*"):
+        getattr(importlib.import_module(module), function)(context)
 
 
 def _config(model_dir: Path, layout: dict[str, Any]) -> Config:

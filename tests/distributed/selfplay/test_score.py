@@ -25,6 +25,7 @@ from nemo_spin.selfplay.guards import of_scores
 from nemo_spin.selfplay.run_directory import RunDirectory
 from tests.distributed import reference
 from tests.distributed.harness import run_ranks
+from tests.distributed.old_listings import only_rank_0_sees
 
 PROMPTS, SEED, MIX, BETA = 6, 3, 0.25, 0.5
 
@@ -80,10 +81,19 @@ def _score(run_dir: Path, tensor: int, spin: dict[str, Any]) -> None:
             "trainer": {"precision": "32"},
         }
     )
+    run = RunDirectory(run_dir)
     for iteration in range(3):
-        run = RunDirectory(run_dir)
         context = StageContext(config, run, iteration, runtime, SilentProgress(), {"iteration": iteration})
-        score(context)
+        with only_rank_0_sees("*.parquet"):
+            score(context)
+            before = _files(context.here.scored)
+            score(context)
+        assert _files(context.here.scored) == before, "finished shards are kept"
+
+
+def _files(directory: Path) -> dict[Path, int]:
+    """The shards, and which file each is: one written anew is another."""
+    return {path: path.stat().st_ino for path in directory.rglob("*.parquet")}
 
 
 def _reference(run: RunDirectory, theta: int, rows: pa.Table) -> torch.Tensor:

@@ -1,7 +1,9 @@
-"""Steps that all ranks finish, or none: an error on one rank is raised on all.
+"""What all ranks do alike: finish a step or not, and decide by what the first of them sees.
 
 A rank that leaves a collective function early leaves the others waiting until a time-out
-ends the run with a message about the network instead of the full disk.
+ends the run with a message about the network instead of the full disk. One that looks for itself
+which files there are may see others: clients of a network file system remember a directory for a
+minute and more.
 """
 
 from __future__ import annotations
@@ -43,13 +45,34 @@ def together(step: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def from_first_rank(value: T) -> T:
-    """Rank 0's `value`. All ranks must call."""
+def from_first_rank(decide: Callable[[], T]) -> T:
+    """What `decide` returns on rank 0, which alone calls it. All ranks must call.
+
+    Every look at storage goes through it on which depends what ranks do together.
+
+    Args:
+        decide: Its result is pickled.
+
+    Raises:
+        Exception: What `decide` raised; on other ranks by its type's name.
+    """
     if not distributed.is_initialized():
-        return value
-    values: list[Any] = [value]
-    distributed.broadcast_object_list(values, src=0)
-    return values[0]
+        return decide()
+    outcome: list[Any] = [None, None]  # the result, or the error's type and message
+    error: Exception | None = None
+    if distributed.get_rank() == 0:
+        try:
+            outcome[0] = decide()
+        except Exception as caught:  # whatever it is, the others must hear of it
+            error = caught
+            outcome[1] = (type(caught).__name__, str(caught))
+    distributed.broadcast_object_list(outcome, src=0)
+    if error is not None:
+        raise error
+    if outcome[1] is not None:
+        raise error_from_name(*outcome[1])
+    result: T = outcome[0]
+    return result
 
 
 def merged(own: dict[str, T]) -> dict[str, T]:
