@@ -51,12 +51,22 @@ class CheckpointWriter:
         directory: Where checkpoints lie.
         keep: How many of the newest stay; older ones are removed when a newer one is whole.
         asynchronous: Whether `save` returns before the files are written.
+        before_publishing: Called on the first rank before a checkpoint gets its name: makes durable
+            what must not be older than the checkpoint after a power cut.
     """
 
-    def __init__(self, directory: Path, *, keep: int, asynchronous: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int,
+        asynchronous: bool = False,
+        before_publishing: Callable[[], None] | None = None,
+    ) -> None:
         self._directory = directory
         self._keep = keep
         self._asynchronous = asynchronous
+        self._before_publishing = before_publishing
         self._calls = AsyncCallsQueue()  # forks a writer for each call: a copy of this moment's memory
 
     def save(self, engine: Engine, *, step: int, common: dict[str, Any]) -> None:
@@ -109,6 +119,8 @@ class CheckpointWriter:
         """Megatron's files are complete: records them and gives the directory its name."""
         with first_rank_writes(runtime) as writes:
             if writes:
+                if self._before_publishing is not None:
+                    self._before_publishing()
                 write_record(unfinished, _take_hashes(unfinished))
                 for entry in unfinished.iterdir():
                     sync_file(entry)

@@ -74,12 +74,17 @@ def fit(
         PreemptedError: A rank got SIGTERM or SIGUSR1; a checkpoint of the last step is saved.
     """
     warnings.filterwarnings("ignore", module="lightning")
-    writer = CheckpointWriter(job.checkpoint_directory, keep=job.save_top_k, asynchronous=job.async_save)
-    preemption = Preemption(runtime)
-    saver = SaveCheckpoints(job.checkpoint_directory, job.save_interval, writer=writer, preemption=preemption)
     metrics = MetricsFile(
         job.metrics_path, progress, log_every_n_steps=job.log_every_n_steps, started=started, watch=watch
     )
+    writer = CheckpointWriter(
+        job.checkpoint_directory,
+        keep=job.save_top_k,
+        asynchronous=job.async_save,
+        before_publishing=metrics.sync,
+    )
+    preemption = Preemption(runtime)
+    saver = SaveCheckpoints(job.checkpoint_directory, job.save_interval, writer=writer, preemption=preemption)
     strategy = MegatronStrategy(runtime, MegatronCheckpointIO(writer))
     check_every = job.val_check_interval
     trainer = Trainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from nemo_spin.data.files import sync_directory, sync_file, write_text
 from nemo_spin.data.progress import Progress
 from nemo_spin.model.spin_model import MegatronGPTSPINModel
 
@@ -22,7 +24,8 @@ class MetricsFile(Callback):
 
     Two more lines say where the rest of the time went: `start`, and `end` with what came after the
     last step. Lines of steps that a killed process made after its last checkpoint are dropped when
-    the training resumes: each step stands in the file once.
+    the training resumes, and those before it are durable when the checkpoint is (`sync`): each step
+    stands in the file once.
 
     Args:
         path: The file; only the first rank writes.
@@ -48,11 +51,8 @@ class MetricsFile(Callback):
         self._watch = watch
 
     def on_train_start(self, trainer: Trainer, pl_module: MegatronGPTSPINModel) -> None:
-        """Drops what lies at or after the step that comes next."""
-        if trainer.is_global_zero and self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) < trainer.global_step]
-            self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        """Begins with the step that comes next."""
+        self._drop_later(trainer)
         pl_module.restart_clock()
         seconds = time.monotonic() - self._started
         self._write(
@@ -83,9 +83,27 @@ class MetricsFile(Callback):
 
     def finish(self, trainer: Trainer, pl_module: MegatronGPTSPINModel) -> None:
         """Writes the lines that follow the last step. All ranks must call."""
+        self._drop_later(trainer)  # a training that was resumed after its last step did not start
         self._write_heldout(trainer, pl_module)
         end = {"split": "end", "step": trainer.global_step - 1, **pl_module.closing_metrics()}
         self._write(trainer, end)
+        if trainer.is_global_zero:
+            self.sync()
+
+    def sync(self) -> None:
+        """Makes all lines durable; the first rank calls, before what is counted from them is."""
+        with contextlib.suppress(FileNotFoundError):
+            sync_file(self._path)
+            sync_directory(self._path.parent)
+
+    def _drop_later(self, trainer: Trainer) -> None:
+        """Drops lines of steps that are still to come, and one that a power cut left unreadable."""
+        if trainer.is_global_zero and self._path.exists():
+            text = self._path.read_text(encoding="utf-8", errors="replace")
+            kept = [line for line in text.splitlines() if _step_of(line) < trainer.global_step]
+            whole = "".join(line + "\n" for line in kept)
+            if whole != text:
+                write_text(self._path, whole)
 
     def _write_heldout(self, trainer: Trainer, pl_module: MegatronGPTSPINModel) -> None:
         metrics = pl_module.last_heldout_metrics

@@ -11,10 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_spin.data.files import read_manifest
+from tests.counts import lasting
 from tests.functional.commands import VLLM_PYTHON, nemo_spin, start, write_config
 from tests.functional.conftest import TinyData
 from tests.functional.history import assert_trained_on_history
@@ -49,14 +51,19 @@ def config(tiny_model: Path, tiny_data: TinyData, tmp_path: Path) -> Path:
     )
 
 
-def results(run_dir: Path) -> dict[str, str]:
-    """The hashes of all answers, log-probabilities and exported models of a finished run."""
-    found = {}
+def results(run_dir: Path) -> dict[str, Any]:
+    """Of a finished run the hashes of all answers, log-probabilities and exported models, and what
+    the trainings counted.
+    """
+    found: dict[str, Any] = {}
     for iteration in range(ITERATIONS):
-        for stage in ("generated", "scored", "model"):
+        for stage in ("generated", "scored", "train", "model"):
             directory = run_dir / f"iter_{iteration:02d}" / stage
             manifest = read_manifest(directory)
             assert manifest is not None, f"{directory} is not done"
+            if stage == "train":  # files of checkpoints hold the time of writing
+                found[f"{iteration}/{stage}"] = lasting(manifest.counts)
+                continue
             found |= {f"{iteration}/{stage}/{name}": file["sha256"] for name, file in manifest.files.items()}
     return found
 

@@ -14,6 +14,8 @@ from unittest import mock
 import pytest
 import torch
 
+from nemo_spin.model.summary import summary
+from tests.counts import lasting
 from tests.distributed import reference
 from tests.distributed.harness import run_ranks
 from tests.distributed.model.test_fit import STEPS, _fit, _write_scored
@@ -83,10 +85,55 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(
     assert _same(run_ranks(_weights, 1, checkpoints / LAST), undisturbed)
 
 
+def _fit_noting_what_is_durable(
+    model_dir: Path, scored: Path, directory: Path, *arguments: Any
+) -> dict[str, Any]:
+    """Under "durable": the steps of metrics.jsonl that a power cut would have left when a checkpoint got
+    its name. A file has then the bytes that it had when it was last synced.
+    """
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+    synced: dict[str, bytes] = {}
+    durable: dict[str, list[int]] = {}
+
+    def noting_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        if "metrics.jsonl" in path.name:
+            synced[str(path)] = path.read_bytes()
+
+    def noting_replace(old: Any, new: Any) -> None:
+        replace(old, new)
+        if str(old) in synced:
+            synced[str(new)] = synced.pop(str(old))
+
+    def noting_rename(old: Any, new: Any) -> None:
+        rename(old, new)
+        if not Path(new).name.startswith("step-"):
+            return
+        lines = map(json.loads, synced.get(str(directory / "metrics.jsonl"), b"").splitlines())
+        durable[Path(new).name] = [line["step"] for line in lines if line["split"] == "train"]
+
+    with (
+        mock.patch.object(os, "fsync", noting_fsync),
+        mock.patch.object(os, "replace", noting_replace),
+        mock.patch.object(os, "rename", noting_rename),
+    ):
+        return {**_fit(model_dir, scored, directory, *arguments), "durable": durable}
+
+
+def _assert_durable(durable: dict[str, list[int]], steps: list[int]) -> None:
+    """Checkpoints after `steps` were published, and no later than the lines of the steps before."""
+    assert list(durable) == [f"step-{step:08d}" for step in steps]
+    for step, lines in zip(steps, durable.values(), strict=True):
+        assert lines[:step] == list(range(step)), "a checkpoint is never newer than the lines"
+
+
 def test_saving_in_the_background_saves_the_same(trained: Path, tmp_path: Path) -> None:
     changes = {"async_save": True, "save_interval": 1, "save_top_k": STEPS}
     arguments = (trained / "model", trained / "scored", tmp_path / "run", 1, 1, None, changes)
-    assert run_ranks(_fit, 2, *arguments)["last"] == LAST
+    result = run_ranks(_fit_noting_what_is_durable, 2, *arguments)
+    assert result["last"] == LAST
+    _assert_durable(result["durable"], list(range(1, STEPS + 1)))
     checkpoints = tmp_path / "run" / "train" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         f"step-{step:08d}" for step in range(1, STEPS + 1)
@@ -101,6 +148,13 @@ def _leave_after_step_3(done: int, total: int, unit: str, **values: Any) -> None
     if done == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _cut_short(metrics_path: Path) -> Path:
+    """Adds a line as a power cut may leave it."""
+    with metrics_path.open("a") as stream:
+        stream.write('{"split": "train", "st')
+    return metrics_path
 
 
 def _fit_told_while_set_up(*arguments: Any) -> dict[str, Any]:
@@ -127,11 +181,25 @@ def test_ranks_leave_together_after_a_step_and_go_on_from_it(trained: Path, tmp_
     assert left["preempted"] == f"saved after step 3 of {STEPS}; the same command goes on from there"
     checkpoints = tmp_path / "run" / "train" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
-    result = run_ranks(_fit, 2, *arguments)
+    metrics_path = _cut_short(tmp_path / "run" / "metrics.jsonl")
+    result = run_ranks(_fit_noting_what_is_durable, 2, *arguments)
+    _assert_durable(result["durable"], [4, 6])
     said = [note for note in result["notes"] if not note.startswith("guard ")]
     assert said == ["resuming from step-00000003"] and result["last"] == LAST
+    assert lasting(summary(metrics_path)) == lasting(summary(trained / "run" / "metrics.jsonl"))
     undisturbed = run_ranks(_weights, 1, trained / "run" / "train" / "checkpoints" / LAST)
     assert _same(run_ranks(_weights, 1, checkpoints / LAST), undisturbed)
+
+
+def test_a_training_that_was_killed_after_its_last_step_counts_the_same(
+    trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained / "run", tmp_path / "run")
+    undisturbed = lasting(summary(tmp_path / "run" / "metrics.jsonl"))
+    assert {"steps", "pairs", "loss", "heldout_loss", "grad_norm"} <= undisturbed.keys()
+    metrics_path = _cut_short(tmp_path / "run" / "metrics.jsonl")
+    run_ranks(_fit, 2, trained / "model", trained / "scored", tmp_path / "run", 1, 1)
+    assert lasting(summary(metrics_path)) == undisturbed
 
 
 def _lines(directory: Path, name: str) -> list[float]:
