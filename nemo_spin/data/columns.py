@@ -1,7 +1,8 @@
 """The parquet schemas of a run directory. One file knows the columns; all stages use it.
 
-Token ids are list<int32>, log-probabilities float64 sums in nats over the tokens of a
-response, its closing EOS included and the prompt excluded.
+Token ids are list<int32> in files, large_list<int32> where the rows of many files come together: offsets
+of 32 bits end at 2^31 tokens. Log-probabilities are float64 sums in nats over the tokens of a response, its
+closing EOS included and the prompt excluded.
 """
 
 from __future__ import annotations
@@ -49,3 +50,17 @@ SCORED = pa.schema(
         ("opponent_generated_logps", pa.float64()),
     ]
 )
+
+
+def with_large_lists(rows: pa.Table) -> pa.Table:
+    """The rows with 64-bit offsets to their token ids, which are not copied."""
+    fields = [
+        field.with_type(pa.large_list(field.type.value_type)) if pa.types.is_list(field.type) else field
+        for field in rows.schema
+    ]
+    return rows.cast(pa.schema(fields))
+
+
+def joined(column: pa.ChunkedArray) -> pa.LargeListArray:
+    """A column of token ids in one piece, however many they are."""
+    return with_large_lists(pa.table({"": column}))[""].combine_chunks()

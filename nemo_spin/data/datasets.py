@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from nemo_spin.data.columns import joined
+
 REAL_ONLY = ("real_ids",)
 PAIRS = ("real_ids", "generated_ids")
 
@@ -99,10 +101,10 @@ class Units:
 
 
 class _ListColumn:
-    """A column of lists, without copies."""
+    """A column of lists, without copies where it is in one piece."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
-        array = column.combine_chunks()
+        array = joined(column)
         self._offsets = array.offsets.to_numpy()
         self._values = array.values.to_numpy(zero_copy_only=False)
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nemo_spin.data.columns import PREPARED, PREPARED_GIVEN, SCORED
+from nemo_spin.data.columns import PREPARED, PREPARED_GIVEN, SCORED, joined, with_large_lists
 from nemo_spin.errors import DataError, explain
 
 _ROW_KEY = ("iteration", "id", "sample")
@@ -93,12 +93,12 @@ def training_rows(scored_dir: Path, split: str, *, listing: Listing = shard_path
         listing: See `iter_shards`.
 
     Returns:
-        A table with the columns of `columns.SCORED`.
+        A table with the columns of `columns.SCORED`, token ids as large lists.
 
     Raises:
         DataError: There is no scored file, one cannot be read, or a row is there twice.
     """
-    table = pa.concat_tables(iter_shards(scored_dir, split, schema=SCORED, listing=listing))
+    table = with_large_lists(pa.concat_tables(iter_shards(scored_dir, split, schema=SCORED, listing=listing)))
     order = pc.sort_indices(table.select(_ROW_KEY), sort_keys=[(name, "ascending") for name in _ROW_KEY])
     table = table.take(order)
     _check_unique(table, scored_dir, split)
@@ -111,12 +111,8 @@ def without_identical(rows: pa.Table) -> pa.Table:
     Raises:
         DataError: None does.
     """
-    keys = []
-    for name in ("real_ids", "generated_ids"):  # Arrow compares no lists
-        ids = rows[name].combine_chunks()
-        offsets, values = ids.offsets.to_numpy(), ids.values.to_numpy(zero_copy_only=False)
-        keys.append([values[begin:end].tobytes() for begin, end in itertools.pairwise(offsets)])
-    differ = [real != generated for real, generated in zip(*keys, strict=True)]
+    responses = (_row_bytes(rows[name]) for name in ("real_ids", "generated_ids"))  # Arrow compares no lists
+    differ = [real != generated for real, generated in zip(*responses, strict=True)]
     if rows.num_rows and not any(differ):
         raise DataError(
             explain(
@@ -127,6 +123,13 @@ def without_identical(rows: pa.Table) -> pa.Table:
             )
         )
     return rows.filter(pa.array(differ, pa.bool_()))
+
+
+def _row_bytes(column: pa.ChunkedArray) -> Iterator[bytes]:
+    """The bytes of each row's token ids."""
+    ids = joined(column)
+    offsets, values = ids.offsets.to_numpy(), ids.values.to_numpy(zero_copy_only=False)
+    return (values[begin:end].tobytes() for begin, end in itertools.pairwise(offsets))
 
 
 def with_base(

@@ -32,7 +32,7 @@ def assert_trained_on_history(run_dir: Path, *, iterations: int, epochs: int, hi
             for earlier in range(max(0, number - history), number + 1)
             for path in sorted(run.iteration(earlier).generated.glob("train-*.parquet"))
         ).sort_by([(name, "ascending") for name in ("iteration", "id", "sample")])  # as they are trained on
-        assert answers.num_rows > 0 and rows.select(GENERATED.names).equals(answers)
+        assert answers.num_rows > 0 and rows.select(GENERATED.names).cast(GENERATED).equals(answers)
         if number:
             weights = run.iteration(number - 1).model / "model.safetensors"
             assert (here.opponent / weights.name).read_bytes() == weights.read_bytes()

@@ -122,7 +122,7 @@ def test_history_1_is_exactly_the_rows_of_two_iterations_under_the_newest(scored
             for number in ages
             for path in sorted(scored.iteration(number).generated.glob("train-*.parquet"))
         )
-        assert rows.select(GENERATED.names).equals(expected)
+        assert rows.select(GENERATED.names).cast(GENERATED).equals(expected)
         _assert_equal(rows, "opponent", _reference(scored, iteration, rows))
         heldout = training_rows(scored.iteration(iteration).scored, "heldout")
         assert heldout["iteration"].to_pylist() == [iteration] * 2
