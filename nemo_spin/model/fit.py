@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Trainer
 from nemo.utils.exp_manager import exp_manager
@@ -18,6 +17,7 @@ from nemo_spin.megatron.checkpoint_files import newest_whole_checkpoint
 from nemo_spin.megatron.engine import layout_of
 from nemo_spin.megatron.runtime import Runtime
 from nemo_spin.model.callbacks import SaveCheckpoints
+from nemo_spin.model.loggers import logger_settings
 from nemo_spin.model.metrics_file import MetricsFile, Watch
 from nemo_spin.model.preemption import Preemption
 from nemo_spin.model.settings import TrainingJob
@@ -107,7 +107,7 @@ def fit(
         callbacks=[metrics, saver],
         log_every_n_steps=1,
     )
-    exp_manager(trainer, _loggers(job))
+    exp_manager(trainer, logger_settings(job))
     model = _Policy(job, runtime, trainer)
     trainer.fit_loop.epoch_loop.max_steps = model.num_steps
     overlong = training_note(layout_of(job.model), model.units)
@@ -131,15 +131,3 @@ def fit(
     for logger in trainer.loggers:
         logger.finalize("success")  # again, with what was measured after the last step
     return last
-
-
-def _loggers(job: TrainingJob) -> dict[str, Any]:
-    return {
-        "explicit_log_dir": str(job.directory / "logs"),
-        "create_checkpoint_callback": False,
-        "create_preemption_callback": False,  # `SaveCheckpoints` does it, on CPUs too
-        "resume_if_exists": False,
-        "log_step_timing": False,
-        "seconds_to_sleep": 0,
-        **job.exp_manager,
-    }

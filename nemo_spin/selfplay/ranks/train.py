@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_spin.config.iterations import at_iteration, mixed_iterations
-from nemo_spin.config.schema import SpinConfig
+from nemo_spin.config.schema import Config, SpinConfig
 from nemo_spin.data.files import read_manifest, write_manifest
 from nemo_spin.errors import CheckpointError, explain
 from nemo_spin.megatron.agreement import from_first_rank
@@ -83,14 +83,21 @@ def _carried(context: StageContext) -> Path | None:
     return last
 
 
+def _loggers(config: Config) -> dict[str, Any]:
+    """`exp_manager` as NeMo knows it; the W&B runs of all iterations are one group."""
+    loggers = asdict(config.exp_manager)
+    del loggers["checkpoint_callback_params"]
+    loggers["wandb_logger_kwargs"] = {"group": config.name, **config.exp_manager.wandb_logger_kwargs}
+    return loggers
+
+
 def _fit(context: StageContext, *, objective: str) -> None:
     from nemo_spin.model.fit import fit  # 15 seconds of imports that scoring does not need
     from nemo_spin.model.settings import TrainingJob
     from nemo_spin.model.summary import summary
 
     config, here = context.config, context.here
-    loggers = asdict(config.exp_manager)
-    at_the_end = loggers.pop("checkpoint_callback_params")
+    at_the_end = config.exp_manager.checkpoint_callback_params
     iteration = 0 if context.iteration is None else context.iteration
     self_play = objective == "spin"
     job = TrainingJob(
@@ -115,8 +122,8 @@ def _fit(context: StageContext, *, objective: str) -> None:
         carried=_carried(context) if self_play else None,
         val_check_interval=config.trainer.val_check_interval,
         log_every_n_steps=config.trainer.log_every_n_steps,
-        exp_manager=loggers,
-        nemo_path=here.train / "policy.nemo" if at_the_end["save_nemo_on_train_end"] else None,
+        exp_manager=_loggers(config),
+        nemo_path=here.train / "policy.nemo" if at_the_end.save_nemo_on_train_end else None,
     )
     context.phase("training")
     last = fit(

@@ -195,7 +195,7 @@ def test_a_training_leaves_metrics_checkpoints_and_tensorboard(
 def _fit_with_wandb(model_dir: Path, scored: Path, directory: Path) -> None:
     import wandb
 
-    kwargs = {"project": "selfplay", "name": "tiny", "offline": True}
+    kwargs = {"project": "selfplay", "name": "tiny", "group": "all", "offline": True}
     loggers = {"create_wandb_logger": True, "wandb_logger_kwargs": kwargs, "create_tensorboard_logger": True}
     _fit(model_dir, scored, directory, 1, 1, loggers)
     wandb.finish()
@@ -218,17 +218,19 @@ def _wandb_records(path: Path) -> list[bytes]:
     return records[:-1]
 
 
-def _wandb_history(path: Path) -> list[dict[str, Any]]:
-    """The rows that `wandb sync` would upload."""
+def _wandb_run_and_history(path: Path) -> tuple[Any, list[dict[str, Any]]]:
+    """The run and the rows that `wandb sync` would upload."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    rows = []
+    run, rows = None, []
     for data in _wandb_records(path):
         record = Record.FromString(data)
+        if record.WhichOneof("record_type") == "run":
+            run = record.run
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
-    return rows
+    return run, rows
 
 
 def test_every_logger_is_fed_wandb_too(tmp_path: Path) -> None:
@@ -238,7 +240,9 @@ def test_every_logger_is_fed_wandb_too(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     expected = [line["loss"] for line in lines if line["split"] == "train"]
     [path] = (tmp_path / "train").rglob("offline-run-*/*.wandb")
-    history = _wandb_history(path)
+    run, history = _wandb_run_and_history(path)
+    assert (run.project, run.display_name, run.run_group) == ("selfplay", "tiny", "all")
+    assert run.run_id == (tmp_path / "train" / "wandb_id").read_text()
     assert [row["train/loss"] for row in history if "train/loss" in row] == pytest.approx(expected)
     for name in ("train/tokens_per_second", "train/real_rewards", "train/peak_memory_gib", "heldout/loss"):
         assert any(name in row for row in history), name
