@@ -116,19 +116,13 @@ class Cluster:
         (self.place / f"spool-{node}").mkdir(exist_ok=True)
         self._start(node, "-D", "-N", node, program="slurmd")
 
-    def kill_node(self, node: str, *, known: bool = True) -> None:
-        """Power off: its slurmd, its steps and whatever they started, all at once.
-
-        Args:
-            node: It.
-            known: Slurm is told; else it has to find out, for which it takes SlurmdTimeout.
-        """
+    def kill_node(self, node: str) -> None:
+        """Power off: its slurmd, its steps and whatever they started, all at once."""
         self._daemons.pop(node).kill()
         for pid in _processes_of(node, self.environment["SLURM_CONF"]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if known:
-            self.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=off")
+        self.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=off")
 
     def kill_batch_script(self) -> None:
         """SIGKILL for the shell of the job that is running, as where its node runs out of memory."""

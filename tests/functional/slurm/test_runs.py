@@ -221,24 +221,6 @@ def test_what_is_cut_off_without_a_warning_the_next_job_goes_on_with(
 
 
 @pytest.mark.slow
-def test_a_node_is_lost_and_slurm_does_not_know_it_yet(cluster: Cluster, given: Path, tmp_path: Path) -> None:
-    """The other node than the command's: its ranks fail before Slurm takes the node for lost."""
-    run_dir = tmp_path / "run"
-    settings = ["launcher.slurm.environment={GLOO_SOCKET_IFNAME: lo}", "launcher.attempts=1"]
-    number = submit(cluster, given, run_dir, *settings)
-    wait(cluster, run_dir, lambda: steps_done(run_dir) >= 2)
-    cluster.kill_node("node2", known=False)
-    wait(cluster, run_dir, lambda: "the run ended with exit code 76" in log_of(run_dir))
-    wait(cluster, run_dir, lambda: cluster.job(number)["JobState"] == "PENDING")
-    assert len(cluster.ask("squeue", "--noheader", "--format=%i").split()) == 2, "its successor still waits"
-    wait(cluster, run_dir, lambda: "down" in cluster.states()[1], timeout_s=60)
-    cluster.revive_node("node2")
-    wait(cluster, run_dir, lambda: is_over(cluster, number))
-    assert cluster.job(number)["JobState"] == "COMPLETED", log_of(run_dir)
-    assert model_sha256(run_dir) == local_result(given)
-
-
-@pytest.mark.slow
 def test_a_cancelled_run_stays_cancelled(cluster: Cluster, given: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     number = submit(cluster, given, run_dir, "launcher.slurm.environment={GLOO_SOCKET_IFNAME: lo}")
