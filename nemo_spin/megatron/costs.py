@@ -226,15 +226,15 @@ def _stage_activation_bytes(
     """
     layers = layout.stage_layers(shape.num_layers)[stage]
     whole = layer_activation_bytes(shape, layout, work, numerics, recompute="none")
-    waves = 2 * shape.head_dim * numerics.bytes_per_number * work.slots / layout.context
+    angles = 2 * shape.head_dim * numerics.bytes_per_number * work.slots / layout.context
     if layout.recompute == "none":
-        return layers * whole + waves, 0.0
+        return layers * whole + angles, 0.0
     kept = layer_activation_bytes(shape, layout, work, numerics)
     if layout.recompute == "selective":
         parts = layout.recompute_modules
         alone = [replace(layout, recompute_modules=(part,)) for part in parts] if len(parts) > 1 else []
         least = min((layer_activation_bytes(shape, part, work, numerics) for part in alone), default=kept)
-        return layers * kept + waves, whole - least
+        return layers * kept + angles, whole - least
     again = layout.layers_again(layers)
     together = layout.recompute_num_layers if layout.recompute_method == "uniform" else 1
     inputs = again / together
